@@ -1,0 +1,510 @@
+"""The configuration of a run: one YAML file, ``dotted.key=value`` overrides, checked before anything starts.
+
+A fault is one line: the dotted key, what was found, what was expected, and a suggestion where one is near. Rules that
+join several fields live in the section that owns them all. There is no inheritance between files but one level:
+``cluster:`` and ``model:`` may name a file in ``configs/cluster`` or ``configs/model``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from sorahpc.errors import ConfigError
+
+MAX_CONFIG_BYTES = 1 << 20
+
+# A value that may reach a shell script, a scheduler option or a file name. No control characters, quotes, spaces or
+# shell syntax: what can't be written can't be injected.
+SAFE_VALUE = re.compile(r"[A-Za-z0-9._:=,@%+/\[\]-]+")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+def shipped_dir() -> Path:
+    """Folder ``configs/`` of the checkout, or the copy that an installed package carries."""
+    package = Path(__file__).resolve().parent
+    for folder in (package.parent / "configs", package / "configs"):
+        if (folder / "model").is_dir():
+            return folder
+    raise ConfigError(f"configs: no folder of shipped configs beside {package}; reinstall sorahpc")
+
+
+def _check_path(path: Path) -> Path:
+    text = str(path)
+    if not text or any(ord(c) < 32 or ord(c) == 127 for c in text):
+        raise ValueError("a path without control characters")
+    # What we ship is found from any working directory, also where only the package is installed.
+    if not path.is_absolute() and path.parts[0] == "configs" and not path.exists():
+        inside = shipped_dir().joinpath(*path.parts[1:])
+        if inside.exists():
+            return inside
+    return path
+
+
+def _check_safe(text: str) -> str:
+    if not SAFE_VALUE.fullmatch(text) or text.startswith("-"):
+        raise ValueError("letters, digits and any of ._:=,@%+/[]- (it goes into a script)")
+    return text
+
+
+def _check_name(text: str) -> str:
+    if not NAME.fullmatch(text):
+        raise ValueError("1 to 64 letters, digits, dots, dashes or underscores, starting with a letter or digit")
+    return text
+
+
+ConfigPath = Annotated[Path, AfterValidator(_check_path)]
+SafeStr = Annotated[str, AfterValidator(_check_safe)]
+RunName = Annotated[str, AfterValidator(_check_name)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class ArrayResources(Section):
+    """What an array of independent tasks asks for, a task."""
+
+    tasks: int = Field(1, ge=1, le=10_000, description="independent tasks; the result does not depend on it")
+    cpus_per_task: int = Field(1, ge=1)
+    mem_gb: float | None = Field(None, gt=0, description="memory a task; None: the partition's default")
+    time_min: int = Field(60, ge=1, description="time limit")
+
+
+class GangResources(Section):
+    """What a job of ranks that work together asks for. World size = nodes x tasks_per_node."""
+
+    nodes: int = Field(1, ge=1)
+    tasks_per_node: int = Field(1, ge=1, description="ranks a node; on CUDA one a GPU")
+    cpus_per_task: int = Field(1, ge=1)
+    mem_gb: float | None = Field(None, gt=0, description="memory a node; None: the partition's default")
+    time_min: int = Field(60, ge=1, description="time limit")
+
+    @property
+    def world_size(self) -> int:
+        return self.nodes * self.tasks_per_node
+
+
+class PrepareConfig(Section):
+    """Folder of videos -> manifest."""
+
+    videos: ConfigPath = Field(description="folder of video files, searched recursively")
+    captions: ConfigPath | None = Field(
+        None, description="JSONL or CSV with `path` (relative to videos) and `caption`; None: a .txt beside each video"
+    )
+    resources: ArrayResources = ArrayResources()
+
+    @model_validator(mode="after")
+    def _one_task(self) -> PrepareConfig:
+        if self.resources.tasks != 1:
+            raise ValueError("resources.tasks: 1 (one manifest has one writer)")
+        return self
+
+
+class ClipConfig(Section):
+    """How a video becomes a clip: cut from its start, resampled in time, scaled to an area with its aspect kept."""
+
+    fps: float = Field(8.0, gt=0, le=240, description="frames a second after resampling by presentation time")
+    max_frames: int = Field(17, ge=1, description="longest clip; rounded down to what the VAE takes (4k+1)")
+    min_frames: int = Field(1, ge=1, description="a video shorter than this is rejected, with its reason")
+    max_area_px: int = Field(64 * 64, ge=256, description="largest height x width; the aspect ratio is kept")
+
+    @model_validator(mode="after")
+    def _order(self) -> ClipConfig:
+        if self.min_frames > self.max_frames:
+            raise ValueError(f"min_frames: at most max_frames = {self.max_frames}")
+        return self
+
+
+class VaeConfig(Section):
+    path: ConfigPath = Field(description="local folder of a diffusers autoencoder (config.json + safetensors)")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="compute dtype of the VAE")
+
+
+class TextConfig(Section):
+    path: ConfigPath = Field(description="local folder of a transformers T5 encoder with its tokenizer")
+    max_tokens: int = Field(256, ge=1, le=4096, description="captions are cut to this many tokens")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="compute dtype of the text encoder")
+
+
+class EncodeConfig(Section):
+    """Manifest -> HDF5 latent cache."""
+
+    cache: ConfigPath | None = Field(None, description="cache folder; None: <run>/cache")
+    dtype: Literal["float16", "bfloat16"] = Field("float16", description="storage dtype of latents and text")
+    clips_per_shard: int = Field(64, ge=1, description="clips a shard; a killed task loses at most one shard's work")
+    resources: ArrayResources = ArrayResources()
+
+
+class ModelConfig(Section):
+    """The Diffusion Transformer. Head dim = dim / num_heads."""
+
+    depth: int = Field(ge=1, description="number of blocks")
+    dim: int = Field(ge=8, description="model dim M")
+    num_heads: int = Field(ge=1)
+    mlp_ratio: float = Field(4.0, gt=0)
+    patch: tuple[int, int, int] = Field((1, 2, 2), description="patch size (pt, ph, pw) on the latent")
+    position: Literal["rope3d", "sincos3d"] = Field("rope3d", description="how tokens know their place")
+    axes_dim: tuple[int, int, int] | None = Field(
+        None, description="split of the head dim over (T, H, W) for rope3d; None: near (1/4, 3/8, 3/8)"
+    )
+    theta: float = Field(10_000.0, gt=1, description="base of the position frequencies")
+    norm_eps: float = Field(1e-6, gt=0)
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.num_heads
+
+    @property
+    def rope_axes(self) -> tuple[int, int, int]:
+        """(T, H, W) split of the head dim, each even, summing to it."""
+        if self.axes_dim is not None:
+            return self.axes_dim
+        spatial = self.head_dim * 3 // 16 * 2
+        return (self.head_dim - 2 * spatial, spatial, spatial)
+
+    @model_validator(mode="after")
+    def _shapes(self) -> ModelConfig:
+        if self.dim % self.num_heads:
+            raise ValueError(f"num_heads: a divisor of dim = {self.dim}, not {self.num_heads}")
+        if self.head_dim % 2:
+            raise ValueError(f"num_heads: dim / num_heads must be even, not {self.dim} / {self.num_heads}")
+        if min(self.patch) < 1:
+            raise ValueError(f"patch: three sizes of at least 1, not {self.patch}")
+        axes = self.rope_axes
+        if sum(axes) != self.head_dim or any(a % 2 or a < 0 for a in axes):
+            raise ValueError(f"axes_dim: three even numbers summing to the head dim {self.head_dim}, not {axes}")
+        if self.position == "sincos3d" and self.dim % 6:
+            raise ValueError(f"dim: a multiple of 6 for position=sincos3d, not {self.dim}")
+        return self
+
+
+class TrainConfig(Section):
+    """Cache -> checkpoints. The global batch is packs_per_step packs of at most tokens_per_pack tokens."""
+
+    steps: int = Field(ge=1, description="optimizer steps in all")
+    tokens_per_pack: int = Field(ge=1, description="token budget of a pack (one micro-batch)")
+    packs_per_step: int = Field(1, ge=1, description="packs a global batch; every dp size must divide it")
+    tp: int = Field(1, ge=1, description="tensor-parallel size")
+    sp: bool = Field(True, description="sequence parallelism inside the tensor-parallel group; no effect at tp=1")
+    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 on CUDA, fp32 on CPU")
+    lr: float = Field(1e-4, gt=0)
+    warmup_steps: int = Field(100, ge=0, description="linear warm-up, then constant")
+    decay_steps: int = Field(0, ge=0, description="linear decay to 0 over the last steps; 0: constant to the end")
+    betas: tuple[float, float] = (0.9, 0.99)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    clip_grad: float = Field(1.0, gt=0, description="global gradient norm is clipped to this")
+    ema_decay: float = Field(0.999, ge=0, lt=1)
+    text_drop: float = Field(0.1, ge=0, le=1, description="share of samples trained with the empty caption (for CFG)")
+    t_mean: float = Field(0.0, description="timestep ~ sigmoid(normal(t_mean, t_std)) ...")
+    t_std: float = Field(1.0, gt=0)
+    t_uniform: float = Field(0.1, ge=0, le=1, description="... mixed with this share of uniform timesteps")
+    t_shift: float = Field(1.0, gt=0, description="t' = s t / (1 + (s - 1) t), towards noise for s > 1")
+    seed: int = Field(0, ge=0, lt=2**31)
+    save_every: int = Field(500, ge=1, description="steps between checkpoints; the last step is always saved")
+    keep: int = Field(3, ge=1, description="newest checkpoints kept")
+    log_every: int = Field(10, ge=1)
+    resources: GangResources = GangResources()
+
+    @model_validator(mode="after")
+    def _layout(self) -> TrainConfig:
+        world = self.resources.world_size
+        if world % self.tp:
+            raise ValueError(
+                f"tp: a divisor of the world size {world} = resources.nodes {self.resources.nodes} x "
+                f"resources.tasks_per_node {self.resources.tasks_per_node}, not {self.tp}"
+            )
+        if self.packs_per_step % (world // self.tp):
+            raise ValueError(
+                f"packs_per_step: a multiple of the dp size {world // self.tp} = world size {world} / tp {self.tp}, "
+                f"not {self.packs_per_step}"
+            )
+        if self.warmup_steps + self.decay_steps > self.steps:
+            raise ValueError(
+                f"warmup_steps: warmup_steps {self.warmup_steps} + decay_steps {self.decay_steps} at most steps {self.steps}"
+            )
+        return self
+
+
+class SampleConfig(Section):
+    """Checkpoint + prompts -> mp4 files."""
+
+    prompts: ConfigPath = Field(description="text file with a prompt a line, or JSONL with `prompt` and optional settings")
+    out: ConfigPath | None = Field(None, description="folder for the samples; None: <run>/samples")
+    checkpoint: ConfigPath | None = Field(None, description="checkpoint folder; None: the run's newest")
+    frames: int = Field(17, ge=1, description="frames, as the VAE takes them (4k+1)")
+    height: int = Field(64, ge=8, description="height in px, a multiple of VAE stride x patch")
+    width: int = Field(64, ge=8, description="width in px, a multiple of VAE stride x patch")
+    fps: float = Field(8.0, gt=0, le=240)
+    steps: int = Field(30, ge=1, description="Euler steps")
+    cfg_scale: float = Field(4.0, ge=0, description="classifier-free guidance; 1: none")
+    t_shift: float = Field(1.0, gt=0, description="as train.t_shift, on the sampling grid")
+    seed: int = Field(0, ge=0, lt=2**31)
+    prompts_per_pack: int = Field(8, ge=1, description="prompts that are denoised together; part of the result's bits")
+    resources: ArrayResources = ArrayResources()
+
+
+class ClusterConfig(Section):
+    """Where jobs run. Values that reach a script are held to an allow-list of characters."""
+
+    kind: Literal["inline", "local", "slurm"] = Field(
+        "local", description="inline: in this process (one rank); local: processes of this machine; slurm: through submitit"
+    )
+    partition: SafeStr | None = None
+    account: SafeStr | None = None
+    qos: SafeStr | None = None
+    constraint: SafeStr | None = None
+    exclude: SafeStr | None = None
+    nodelist: SafeStr | None = None
+    reservation: SafeStr | None = None
+    gpus_per_task: int = Field(0, ge=0, le=1, description="1: one GPU a rank, asked for as gpus-per-node")
+    max_array_parallel: int = Field(256, ge=1, description="array tasks that run at the same time")
+    signal_lead_s: int = Field(120, ge=10, description="USR2 comes this long before the time limit")
+    python: SafeStr | None = Field(None, description="python of the compute nodes; None: the one that submits")
+    env: dict[Annotated[str, AfterValidator(_check_name)], SafeStr] = Field(
+        default_factory=dict, description="environment of the tasks; never put secrets here"
+    )
+
+
+class Config(Section):
+    """A whole run. Each job reads its own section and those of what it loads."""
+
+    run: RunName = Field(description="name of the run; its folder is <runs_dir>/<run>")
+    runs_dir: ConfigPath = Path("runs")
+    cluster: ClusterConfig = ClusterConfig()
+    prepare: PrepareConfig | None = None
+    clip: ClipConfig = ClipConfig()
+    vae: VaeConfig | None = None
+    text: TextConfig | None = None
+    encode: EncodeConfig = EncodeConfig()
+    model: ModelConfig | None = None
+    train: TrainConfig | None = None
+    sample: SampleConfig | None = None
+
+    @model_validator(mode="after")
+    def _heads(self) -> Config:
+        if self.model and self.train and self.model.num_heads % self.train.tp:
+            raise ValueError(f"train.tp: a divisor of model.num_heads = {self.model.num_heads}, not {self.train.tp}")
+        return self
+
+    @property
+    def run_dir(self) -> Path:
+        return self.runs_dir / self.run
+
+    @property
+    def cache_dir(self) -> Path:
+        return self.encode.cache or self.run_dir / "cache"
+
+    @property
+    def samples_dir(self) -> Path:
+        return (self.sample.out if self.sample else None) or self.run_dir / "samples"
+
+    def need(self, *sections: str) -> None:
+        """Raise ConfigError for each of `sections` that the file leaves out and a job needs."""
+        missing = [s for s in sections if getattr(self, s) is None]
+        if missing:
+            raise ConfigError("\n".join(f"{s}: missing; this job needs the section `{s}:`" for s in missing))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# YAML
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML without aliases (a few lines of them can expand to gigabytes) and without duplicate keys."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise ConfigError(f"line {self.peek_event().start_mark.line + 1}: aliases (*name) are not allowed")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str):
+                raise ConfigError(f"line {key_node.start_mark.line + 1}: keys are words, not {key!r}")
+            if key in seen:
+                raise ConfigError(f"line {key_node.start_mark.line + 1}: `{key}` is given twice")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+# YAML 1.1 reads 1e-4 as a string; people who train models write nothing else.
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(?:[0-9][0-9_]*)(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 - _Loader is a SafeLoader
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    except RecursionError:
+        raise ConfigError(f"{where}: nested too deeply") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise ConfigError(f"{where}:{line} not valid YAML: {problem}") from None
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        size = path.stat().st_size
+        if size > MAX_CONFIG_BYTES:
+            raise ConfigError(f"{path}: {size} bytes; a config has at most {MAX_CONFIG_BYTES}")
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise ConfigError(f"{path}: can't read the config: {reason}") from None
+    data = _parse(text, str(path))
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: a mapping of sections expected, found {type(data).__name__}")
+    return data
+
+
+def _named(kind: str, value: Any, base: Path) -> Any:
+    """`cluster: slurm` or `model: ./my.yaml` -> the mapping of that file; mappings pass through."""
+    if not isinstance(value, str):
+        return value
+    folder = shipped_dir() / kind
+    path = Path(value)
+    candidates = [path, base / path] if path.suffix in (".yaml", ".yml") else [folder / f"{value}.yaml"]
+    for candidate in candidates:
+        if candidate.is_file():
+            return _read_yaml(candidate)
+    names = sorted(p.stem for p in folder.glob("*.yaml"))
+    raise ConfigError(f"{kind}: no file for {value!r}; expected a .yaml path or one of {', '.join(names)}{_near(value, names)}")
+
+
+def _near(word: str, words: list[str]) -> str:
+    close = difflib.get_close_matches(word, words, n=1)
+    return f"; did you mean `{close[0]}`?" if close else ""
+
+
+def _override(data: dict[str, Any], text: str) -> None:
+    key, sign, value = text.partition("=")
+    parts = key.strip().split(".")
+    if not sign or not all(parts):
+        raise ConfigError(f"{text!r}: an override is dotted.key=value")
+    node = data
+    for i, part in enumerate(parts[:-1]):
+        if node.get(part) is None:
+            node[part] = {}
+        node = node[part]
+        if not isinstance(node, dict):
+            raise ConfigError(f"{'.'.join(parts[: i + 1])}: is a value, not a section, so {key} can't be set")
+    node[parts[-1]] = _parse(value, key)
+
+
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = (), cluster: str | None = None) -> Config:
+    """Read, override and check a config.
+
+    Args:
+        path: YAML file, or the name of a shipped one (``demo``).
+        overrides: ``dotted.key=value`` texts; values are YAML.
+        cluster: replaces the section ``cluster``: a shipped name (``local``, ``slurm``) or a YAML file.
+
+    Raises:
+        ConfigError: one line a fault, each with its dotted key.
+    """
+    path = Path(path)
+    if path.suffix not in (".yaml", ".yml") and not path.exists():
+        shipped = shipped_dir() / f"{path}.yaml"
+        names = sorted(p.stem for p in shipped_dir().glob("*.yaml"))
+        if not shipped.is_file():
+            raise ConfigError(f"{path}: no such config; expected a .yaml file or one of {', '.join(names)}{_near(str(path), names)}")
+        path = shipped
+    data = _read_yaml(path)
+    if cluster is not None:
+        data["cluster"] = cluster
+    for name in ("cluster", "model"):  # named files first, so that overrides reach into them
+        if name in data:
+            data[name] = _named(name, data[name], path.parent)
+    for text in overrides:
+        _override(data, text)
+    for name in ("cluster", "model"):  # `model=small` as an override
+        if isinstance(data.get(name), str):
+            data[name] = _named(name, data[name], path.parent)
+    return parse_config(data)
+
+
+def parse_config(data: dict[str, Any]) -> Config:
+    """Check plain data. Raises ConfigError with one line a fault."""
+    try:
+        return Config.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_fault_line(e) for e in error.errors(include_url=False))) from None
+
+
+_TYPE_WORDS = {
+    "int_parsing": "a whole number",
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_parsing": "a number",
+    "float_type": "a number",
+    "bool_parsing": "true or false",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "path_type": "a path",
+    "finite_number": "a finite number",
+    "tuple_type": "a list",
+    "dict_type": "a mapping",
+    "model_type": "a section (a mapping)",
+    "model_attributes_type": "a section (a mapping)",
+}
+
+
+def _fault_line(error: Any) -> str:
+    parts = [str(p) for p in error["loc"]]
+    key, kind, found = ".".join(parts), error["type"], error["input"]
+    if kind == "extra_forbidden":
+        return f"{key}: unknown key{_near(parts[-1], _fields_at(parts[:-1]))}"
+    if kind == "missing":
+        return f"{key}: missing; it has no default"
+    if kind == "value_error":
+        expected = str(error["ctx"]["error"])
+        first, colon, rest = expected.partition(": ")
+        if colon and re.fullmatch(r"[a-z_.0-9]+", first):  # a cross-field rule names the field to change
+            return f"{'.'.join([*parts, first])}: expected {rest}"
+    else:
+        expected = _TYPE_WORDS.get(kind) or error["msg"].removeprefix("Input should be ")
+    shown = json.dumps(found, default=str)
+    return f"{key}: expected {expected}, found {shown if len(shown) <= 80 else shown[:77] + '...'}"
+
+
+def _fields_at(parts: list[str]) -> list[str]:
+    node: Any = Config
+    for part in parts:
+        field = node.model_fields.get(part) if isinstance(node, type) and issubclass(node, BaseModel) else None
+        if field is None:
+            return []
+        kinds = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        node = next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), None)
+    return list(node.model_fields) if node else []
+
+
+def dump_config(config: Config) -> str:
+    """The resolved config as YAML; `load_config` of it gives an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def config_hash(section: BaseModel | dict[str, Any]) -> str:
+    """sha256 (hex) of a section's canonical JSON."""
+    data = section.model_dump(mode="json") if isinstance(section, BaseModel) else section
+    return hashlib.sha256(json.dumps(data, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON schema of a config file, for editors."""
+    return Config.model_json_schema()

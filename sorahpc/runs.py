@@ -1,0 +1,161 @@
+"""The run folder: where each thing of a run lies, and how it is written so that nobody reads half of it.
+
+    runs/<run>/
+        manifest.parquet  cache/  checkpoints/  samples/  report.html
+        metrics.jsonl  tensorboard/
+        jobs/<job>/       config.yaml   the resolved config that its tasks execute
+                          spec.json     what the tasks execute: module, function, config (never a pickle)
+                          submit.sh     the exact script or command
+                          launch.json   how it was started: kind, Slurm job id or process ids
+                          code/ env.txt what ran: commit, diff, installed packages
+                          log/rank*.log
+                          status/<task>.json   state, step, rate, eta, heartbeat; one writer each
+
+An array job has a status file a task; a gang (train) has one, written by rank 0. No torch here: status and logs run on
+a login node.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+STATUS_INTERVAL_S = 2.0
+
+
+def fsync_dir(path: Path) -> None:
+    """Make the names in a folder durable."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def atomic_write(path: Path, data: str | bytes, *, durable: bool = True) -> None:
+    """Write a file so that a reader sees the old content or the new, never a part: aside, fsync, rename.
+
+    `durable=False` leaves out the fsyncs (for status files, rewritten every few seconds).
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.{threading.get_ident()}.tmp")
+    try:
+        with open(aside, "wb") as f:
+            f.write(data.encode() if isinstance(data, str) else data)
+            if durable:
+                f.flush()
+                os.fsync(f.fileno())
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+    if durable:
+        fsync_dir(path.parent)
+
+
+def write_json(path: Path, value: Any, *, durable: bool = True) -> None:
+    atomic_write(path, json.dumps(value, indent=1, allow_nan=False) + "\n", durable=durable)
+
+
+@dataclass(frozen=True)
+class JobFolder:
+    """Paths of one job of a run."""
+
+    run_dir: Path
+    job: str
+
+    @property
+    def path(self) -> Path:
+        return self.run_dir / "jobs" / self.job
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def spec(self) -> Path:
+        return self.path / "spec.json"
+
+    @property
+    def submit(self) -> Path:
+        return self.path / "submit.sh"
+
+    @property
+    def launch(self) -> Path:
+        return self.path / "launch.json"
+
+    def log(self, rank: int) -> Path:
+        return self.path / "log" / f"rank{rank}.log"
+
+    def status(self, task: int) -> Path:
+        return self.path / "status" / f"{task}.json"
+
+
+def _never() -> bool:
+    return False
+
+
+@dataclass
+class Task:
+    """What one process of a job knows of its place, and how it tells of its progress.
+
+    For an array job `rank` is the index of the independent task and `world_size` their number; no process group is
+    formed. For a gang they are the rank and world size of the process group. Size 1 is the same path.
+    """
+
+    run_dir: Path
+    job: str
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    restart: int = 0  # how often the scheduler has requeued this task
+    stop_requested: Callable[[], bool] = _never  # a signal asked for an orderly stop; look at it between steps
+    _status: dict[str, Any] = field(default_factory=dict)
+    _written: float = -1e9
+    _rates: list[tuple[float, float]] = field(default_factory=list)
+
+    @property
+    def folder(self) -> JobFolder:
+        return JobFolder(self.run_dir, self.job)
+
+    def report(self, done: float, total: float, unit: str, **metrics: float | str) -> None:
+        """Tell how far this task is. Cheap: the status file is rewritten at most every 2 s.
+
+        Args:
+            done, total: items finished and in all, in `unit` (``"step"``, ``"clip"``, ``"video"``).
+            metrics: what else a person wants to see in the status line (``loss=0.41``).
+        """
+        now = time.monotonic()
+        if not self._rates or now - self._rates[-1][0] > 1.0:
+            self._rates = [*self._rates[-30:], (now, done)]
+        (t0, d0) = self._rates[0]
+        rate = (done - d0) / (now - t0) if now > t0 and done > d0 else None
+        self._status.update(
+            done=done, total=total, unit=unit, rate=rate, eta_s=(total - done) / rate if rate else None, metrics=metrics
+        )
+        if now - self._written >= STATUS_INTERVAL_S or done >= total:
+            self.write_status("running")
+
+    def write_status(self, state: str, **extra: Any) -> None:
+        """Rewrite this task's status file: state is running, done, stopped or failed."""
+        self._written = time.monotonic()
+        self._status.update(extra)
+        status = {
+            "job": self.job,
+            "task": self.rank,
+            "tasks": self.world_size,
+            "state": state,
+            **self._status,
+            "restart": self.restart,
+            "heartbeat": time.time(),
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+        }
+        write_json(self.folder.status(self.rank), status, durable=state != "running")
