@@ -143,6 +143,35 @@ class EncodeConfig(Section):
     resources: ArrayResources = ArrayResources()
 
 
+class TrainVaeConfig(Section):
+    """Manifest -> a small autoencoder of one's own, as `vae.path` loads it. One process."""
+
+    out: ConfigPath = Field(description="folder that the finished autoencoder is written to")
+    class_name: str = Field(description="diffusers autoencoder class, such as AutoencoderKLCosmos")
+    arch: dict[str, Any] = Field(description="arguments of that class")
+    weights_dtype: Literal["float32", "float16", "bfloat16"] = Field("float32", description="dtype of the stored weights")
+    steps: int = Field(ge=1, description="optimizer steps")
+    batch_clips: int = Field(4, ge=1, description="clips a step, all of one size")
+    window_frames: int | None = Field(None, ge=1, description="train on random windows of this many frames; None: whole clips")
+    lr: float = Field(2e-3, gt=0, description="peak; linear warm-up over 100 steps, then cosine decay to 1 % of it")
+    l1_weight: float = Field(0.0, ge=0, description="weight of the mean absolute error beside the mean squared error")
+    kl_weight: float = Field(1e-5, ge=0, description="weight of KL(posterior || unit normal), mean per latent value")
+    latent_noise: float = Field(
+        0.1, gt=0, description="standard deviation of the posterior for classes that learn none (AutoencoderKLCosmos)"
+    )
+    ema_decay: float = Field(0.998, ge=0, lt=1, description="the averaged weights are what is written")
+    holdout_clips: int = Field(16, ge=0, description="clips (at most a fifth) kept out of training, to measure PSNR on")
+    seed: int = Field(0, ge=0, lt=2**31)
+    save_every: int = Field(500, ge=1, description="steps between saved states, from which a rerun resumes")
+    resources: ArrayResources = ArrayResources()
+
+    @model_validator(mode="after")
+    def _one_task(self) -> TrainVaeConfig:
+        if self.resources.tasks != 1:
+            raise ValueError("resources.tasks: 1 (the training is one process)")
+        return self
+
+
 class ModelConfig(Section):
     """The Diffusion Transformer. Head dim = dim / num_heads."""
 
@@ -283,6 +312,7 @@ class Config(Section):
     prepare: PrepareConfig | None = None
     clip: ClipConfig = ClipConfig()
     vae: VaeConfig | None = None
+    train_vae: TrainVaeConfig | None = None
     text: TextConfig | None = None
     encode: EncodeConfig = EncodeConfig()
     model: ModelConfig | None = None
