@@ -20,7 +20,8 @@ def write(tmp_path: Path, content: str | bytes, name: str = "prompts.txt") -> Pa
 
 
 def test_a_prompt_a_line_with_blank_lines_comments_bom_and_crlf(tmp_path: Path) -> None:
-    path = write(tmp_path, "\ufeff# what to make\r\n\r\na red ball \r\n  # indented comment\r\nun café à 8h\r\n".encode())
+    content = "\ufeff# what to make\r\n\r\na red ball \r\n  # indented comment\r\nun café à 8h\r\n"
+    path = write(tmp_path, content.encode())
     assert read_prompts(path) == [Prompt(0, 3, "a red ball"), Prompt(1, 5, "un café à 8h")]
 
 
@@ -86,13 +87,13 @@ def test_every_faulty_line_is_listed_up_to_twenty(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", [b"", b"\n\n# only comments\n", b"\xff\xfe\x00"])
 def test_a_file_without_prompts_or_not_text_is_refused(tmp_path: Path, content: bytes) -> None:
-    with pytest.raises(ConfigError, match="sample.prompts"):
+    with pytest.raises(ConfigError, match=r"sample\.prompts"):
         read_prompts(write(tmp_path, content))
 
 
 def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
     for path in (tmp_path / "none.txt", tmp_path):
-        with pytest.raises(ConfigError, match="sample.prompts"):
+        with pytest.raises(ConfigError, match=r"sample\.prompts"):
             read_prompts(path)
 
 

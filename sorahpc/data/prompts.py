@@ -100,7 +100,8 @@ def _check_text(text: Any) -> str:
         # Tabs and line breaks inside JSON strings are blanks to the tokenizer; the rest of Cc has no meaning in a
         # prompt, and a lone surrogate can't be written to any file.
         if unicodedata.category(char) in ("Cc", "Cs") and char not in "\t\n\r":
-            raise ValueError(f"prompt: character {i + 1} is U+{ord(char):04X}, a control character or half a pair; remove it")
+            code = f"U+{ord(char):04X}"
+            raise ValueError(f"prompt: character {i + 1} is {code}, a control character or half a pair; remove it")
     return text
 
 
@@ -114,7 +115,8 @@ def _integer(low: int, high: int) -> Any:
 
 
 def _fps(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or not 0 < value <= 240:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or not 0 < value <= 240:
         raise ValueError(f"expected a number above 0 and at most 240, found {_shown(value)}")
     return float(value)
 

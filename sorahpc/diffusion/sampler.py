@@ -7,6 +7,7 @@ training: t = 1 is noise, t = 0 is data, ``x_t = (1 - t) x0 + t eps``, velocity 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -44,7 +45,7 @@ def euler(velocity: Velocity, x: Tensor, steps: int, t_shift: float = 1.0) -> Te
         [L, P] float32, the sample in the space of the tokens.
     """
     times = time_grid(steps, t_shift)
-    for t, t_next in zip(times, times[1:], strict=False):
+    for t, t_next in itertools.pairwise(times):
         x = x + (t_next - t) * velocity(x, t)
     return x
 

@@ -1,0 +1,357 @@
+"""sample: prompts + checkpoint -> mp4 files, each with a JSON sidecar that says how it was made.
+
+    samples/
+        prompts.json                 the samples of the current prompts file, in order (written by task 0)
+        00000-a-red-ball.mp4         written aside and renamed
+        00000-a-red-ball.json        last: a sample with a fitting sidecar is done
+
+The unit of work is a pack: `sample.prompts_per_pack` consecutive prompts, denoised together whatever their grids.
+Which prompts share a pack depends on the prompts file alone, so the bytes of a sample do not depend on how many tasks
+there are, nor on which of them made it or what was there before. Unit u belongs to task u % num_tasks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from sorahpc import ops
+from sorahpc.config import Config, config_hash, parse_config
+from sorahpc.data.mp4 import write_mp4
+from sorahpc.data.prompts import Prompt, read_prompts
+from sorahpc.diffusion.flow import noise
+from sorahpc.diffusion.sampler import euler, guided
+from sorahpc.distributed.checkpoint import MANIFEST, Meta, latest, load_ema_for_sampling
+from sorahpc.errors import CheckpointError, ConfigError, NumericsError, SetupError, Stopped
+from sorahpc.models.text import TextEncoder, load_text
+from sorahpc.models.vae import Vae, load_vae
+from sorahpc.runs import Task, write_json
+
+log = logging.getLogger(__name__)
+
+INDEX = "prompts.json"
+
+
+@dataclass(frozen=True)
+class Item:
+    """One sample to make: a prompt with every setting resolved.
+
+    `settings` names all that its bits depend on, but for the software and the machine.
+    """
+
+    name: str
+    prompt: Prompt
+    seed: int
+    sample_id: int  # of the noise
+    frames: int
+    height: int
+    width: int
+    fps: float
+    settings: dict[str, Any]
+
+    @property
+    def settings_sha256(self) -> str:
+        return config_hash(self.settings)
+
+
+@dataclass(frozen=True)
+class Models:
+    """What a pack goes through, on one device."""
+
+    model: nn.Module
+    meta: Meta
+    text: TextEncoder
+    vae: Vae
+    patch: tuple[int, int, int]
+    device: torch.device
+
+
+def run(config: Config, task: Task) -> None:
+    """Make the samples of this task's packs that are missing or were made with other settings."""
+    config.need("sample", "vae", "text")
+    assert config.sample is not None
+    prompts = read_prompts(config.sample.prompts)
+    checkpoint = _checkpoint(config)
+    folder = config.samples_dir
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SetupError(f"sample.out: can't make the folder {folder}: {error.strerror}") from None
+
+    items = plan(config, prompts, checkpoint)
+    if task.rank == 0:
+        write_index(folder, items, config)
+    size = config.sample.prompts_per_pack
+    units = [items[i : i + size] for i in range(0, len(items), size)][task.rank :: task.world_size]
+    missing = [[item for item in unit if not _is_done(folder, item)] for unit in units]
+    total = sum(len(unit) for unit in units)
+    done = total - sum(len(m) for m in missing)
+    log.info("%d of %d samples of this task are done in %s; checkpoint %s", done, total, folder, checkpoint)
+    task.report(done, total, "clip")
+    if done == total:
+        return
+
+    models = _load(config, checkpoint)
+    _check_sizes(config, items, models)
+    for unit, lacking in zip(units, missing, strict=True):
+        if not lacking:
+            continue
+        if task.stop_requested():
+            raise Stopped(f"sample: stopped on request with {done} of {total} samples of this task done")
+        # The whole pack again, though only some are lacking: the pack is part of a sample's bits.
+        clips = make_pack(unit, models, config)
+        for item, (frames, text_tokens) in zip(unit, clips, strict=True):
+            if item in lacking:
+                _write(folder, item, frames, text_tokens, unit, models, config, checkpoint)
+                done += 1
+                task.report(done, total, "clip")
+
+
+def plan(config: Config, prompts: list[Prompt], checkpoint: Path) -> list[Item]:
+    """Every sample of the prompts file, in order, with all settings that its bits depend on."""
+    s = config.sample
+    assert s is not None and config.vae is not None and config.text is not None
+    shared = {
+        "steps": s.steps,
+        "cfg_scale": s.cfg_scale,
+        "t_shift": s.t_shift,
+        # Names the weights, and through them the VAE and the text encoder; the path may change, the bytes may not.
+        "checkpoint_manifest_sha256": _sha256(checkpoint / MANIFEST),
+        "vae_dtype": config.vae.dtype,
+        "text_dtype": config.text.dtype,
+        "text_max_tokens": config.text.max_tokens,
+    }
+    resolved = []
+    for p in prompts:
+        own = {
+            "prompt": p.text,
+            # A line with its own seed asks for that seed's noise wherever it stands in the file.
+            "seed": s.seed if p.seed is None else p.seed,
+            "sample_id": p.index if p.seed is None else 0,
+            "frames": p.frames or s.frames,
+            "height": p.height or s.height,
+            "width": p.width or s.width,
+            "fps": p.fps or s.fps,
+        }
+        resolved.append(own)
+    items = []
+    for p, own in zip(prompts, resolved, strict=True):
+        first = p.index // s.prompts_per_pack * s.prompts_per_pack
+        pack = config_hash({"pack": resolved[first : first + s.prompts_per_pack]})
+        items.append(
+            Item(
+                name=p.name,
+                prompt=p,
+                **{key: own[key] for key in ("seed", "sample_id", "frames", "height", "width", "fps")},
+                settings={**own, **shared, "pack": pack},
+            )
+        )
+    return items
+
+
+def make_pack(unit: list[Item], models: Models, config: Config) -> list[tuple[np.ndarray, int]]:
+    """Denoise a pack of samples together.
+
+    Returns:
+        For each: frames uint8 [T,H,W,3], and how many tokens its prompt has.
+
+    Raises:
+        NumericsError: a latent is not finite.
+    """
+    assert config.sample is not None
+    *embeddings, empty = models.text.encode([*(item.prompt.text for item in unit), ""])
+    shapes = [models.vae.latent_shape(item.frames, item.height, item.width) for item in unit]  # [C,T,H,W] each
+    channels, patch, device = models.meta.channels, models.patch, models.device
+    grids = torch.tensor([[n // p for n, p in zip(shape[1:], patch, strict=True)] for shape in shapes])  # [S,3]
+    eps = [noise(item.seed, item.sample_id, 0, shape) for item, shape in zip(unit, shapes, strict=True)]
+    x = ops.patchify(torch.cat([e.flatten() for e in eps]).to(device), grids, channels, patch)  # [L,P]
+    velocity = guided(
+        models.model, grids, [e.to(device) for e in embeddings], empty.to(device), config.sample.cfg_scale
+    )
+    x = euler(velocity, x, config.sample.steps, config.sample.t_shift)
+    flat = ops.unpatchify(x, grids, channels, patch).float()
+
+    mean = torch.tensor(models.meta.latent_mean, device=device)[:, None, None, None]
+    std = torch.tensor(models.meta.latent_std, device=device)[:, None, None, None]
+    clips = []
+    for item, part, shape, text in zip(unit, flat.split([e.numel() for e in eps]), shapes, embeddings, strict=True):
+        latent = part.view(shape) * std + mean
+        if not bool(latent.isfinite().all()):
+            raise NumericsError(
+                f"sample {item.name}: the latent is not finite (cfg_scale {config.sample.cfg_scale}, checkpoint step "
+                f"{models.meta.step}); sample from another checkpoint or with a smaller sample.cfg_scale"
+            )
+        clips.append((models.vae.decode(latent), len(text)))
+    return clips
+
+
+def _checkpoint(config: Config) -> Path:
+    assert config.sample is not None
+    if config.sample.checkpoint is not None:
+        folder = config.sample.checkpoint
+        if not (folder / MANIFEST).is_file():
+            raise CheckpointError(f"sample.checkpoint: no {MANIFEST} in {folder}; expected a committed checkpoint")
+        return folder
+    root = config.run_dir / "checkpoints"
+    found = latest(root)
+    if found is None:
+        raise CheckpointError(f"{root}: no checkpoint to sample from; train first, or set sample.checkpoint")
+    return found
+
+
+def _load(config: Config, checkpoint: Path) -> Models:
+    assert config.vae is not None and config.text is not None
+    model, meta = load_ema_for_sampling(checkpoint)
+    trained = parse_config(meta.config)
+    assert trained.model is not None
+    device = next(model.parameters()).device
+    text = load_text(config.text.path, config.text.max_tokens, config.text.dtype, device)
+    vae = load_vae(config.vae.path, config.vae.dtype, device)
+    for section, found, path in (("vae", vae, config.vae.path), ("text", text, config.text.path)):
+        for field in ("id", "weights_sha256"):
+            expected = meta.cache[section][field]
+            if getattr(found, field) != expected:
+                raise CheckpointError(
+                    f"{section}.path: {path} has {field} {getattr(found, field)}, but the checkpoint {checkpoint} was "
+                    f"trained with {expected}; use the {section} that encoded its cache"
+                )
+    return Models(model, meta, text, vae, trained.model.patch, device)
+
+
+def _check_sizes(config: Config, items: list[Item], models: Models) -> None:
+    """Raise ConfigError for frames, height and width that the VAE and the patch don't take, a line a fault."""
+    assert config.sample is not None
+    t, *sides = models.vae.stride
+    pt, *patches = models.patch
+    faults: dict[str, None] = {}  # in order, each once
+    for item in items:
+        for field, stride, patch in zip(("height", "width"), sides, patches, strict=True):
+            value, unit = getattr(item, field), stride * patch
+            if value < unit or value % unit:
+                expected = f"a multiple of {unit} (VAE stride {stride} x patch {patch})"
+                near = max(round(value / unit), 1) * unit
+                faults[f"{_where(config, item, field)}: expected {expected}, found {value}; use {near}"] = None
+        where, valid = _where(config, item, "frames"), models.vae.floor_frames(item.frames)
+        latent_frames = (valid - 1) // t + 1
+        if valid != item.frames:
+            faults[f"{where}: expected what {models.vae.id} takes, found {item.frames}; use {valid}"] = None
+        elif latent_frames % pt:
+            found = f"{item.frames}, which is {latent_frames}"
+            faults[f"{where}: expected a multiple of the patch's {pt} in latent frames, found {found}"] = None
+    if faults:
+        raise ConfigError("\n".join(list(faults)[:20]))
+
+
+def _where(config: Config, item: Item, field: str) -> str:
+    assert config.sample is not None
+    own = getattr(item.prompt, field) is not None
+    return f"{config.sample.prompts} line {item.prompt.line}: {field}" if own else f"sample.{field}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def write_index(folder: Path, items: list[Item], config: Config) -> None:
+    """Write `prompts.json`, by which a reader tells the samples of the current prompts file from older ones."""
+    assert config.sample is not None
+    names = [{"name": item.name, "prompt": item.prompt.text} for item in items]
+    write_json(folder / INDEX, {"prompts_file": str(config.sample.prompts), "samples": names})
+    known = {item.name for item in items}
+    others = sorted(p.stem for p in folder.glob("[0-9]*-*.mp4") if p.stem not in known)
+    if others:
+        log.warning(
+            "%s holds %d clips that are not of %s (such as %s.mp4); they were left alone",
+            folder, len(others), config.sample.prompts, others[0],
+        )  # fmt: skip
+
+
+def read_sidecar(path: Path) -> dict[str, Any] | None:
+    """A sample's sidecar; None where there is none, or it is not one (it is then made again)."""
+    try:
+        sidecar = json.loads(path.read_text(encoding="utf-8"))
+        return sidecar if isinstance(sidecar["settings"], dict) and isinstance(sidecar["mp4"]["bytes"], int) else None
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        log.warning("%s is not a sidecar (%s); the sample is made again", path, error)
+        return None
+
+
+def _is_done(folder: Path, item: Item) -> bool:
+    sidecar = read_sidecar(folder / f"{item.name}.json")
+    if sidecar is None:
+        return False
+    if sidecar.get("settings_sha256") != item.settings_sha256:
+        before = sidecar["settings"]
+        changed = [k for k in item.settings if before.get(k) != item.settings[k]]
+        shown = ", ".join(f"{k} {_short(before.get(k))} -> {_short(item.settings[k])}" for k in changed)
+        log.info("%s was made with other settings and is made again: %s", item.name, shown or "its own hash")
+        return False
+    mp4 = folder / f"{item.name}.mp4"
+    size = mp4.stat().st_size if mp4.is_file() else None
+    if size != sidecar["mp4"]["bytes"]:
+        log.info("%s: %s bytes where its sidecar says %d; made again", mp4, size, sidecar["mp4"]["bytes"])
+        return False
+    return True
+
+
+def _write(
+    folder: Path, item: Item, frames: np.ndarray, text_tokens: int, unit: list[Item], models: Models, config: Config,
+    checkpoint: Path,
+) -> None:  # fmt: skip
+    assert config.text is not None
+    if text_tokens >= config.text.max_tokens:
+        log.warning("%s: the prompt was cut to text.max_tokens = %d tokens", item.name, config.text.max_tokens)
+    mp4 = folder / f"{item.name}.mp4"
+    write_mp4(mp4, frames, item.fps)
+    sidecar = {
+        "format": 1,
+        "name": item.name,
+        "prompt": item.prompt.text,
+        "prompt_tokens": text_tokens,
+        "seed": item.seed,
+        "settings": item.settings,
+        "settings_sha256": item.settings_sha256,
+        "pack": [other.name for other in unit],
+        "checkpoint": {
+            "path": str(checkpoint),
+            "step": models.meta.step,
+            "manifest_sha256": item.settings["checkpoint_manifest_sha256"],
+        },
+        "vae": {"id": models.vae.id, "weights_sha256": models.vae.weights_sha256},
+        "text": {"id": models.text.id, "weights_sha256": models.text.weights_sha256},
+        "mp4": {"file": mp4.name, "bytes": mp4.stat().st_size, "sha256": _sha256(mp4)},
+        "device": torch.cuda.get_device_name(models.device) if models.device.type == "cuda" else "cpu",
+        "versions": _versions(),
+    }
+    write_json(folder / f"{item.name}.json", sidecar)
+
+
+def _versions() -> dict[str, str]:
+    out = {"torch": torch.__version__}
+    for package in ("sorahpc", "megatron-core", "diffusers", "transformers", "av"):
+        try:
+            out[package] = version(package)
+        except PackageNotFoundError:
+            out[package] = "not installed as a package"
+    return out
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 24 else f"{text[:12]}..."
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
