@@ -281,6 +281,20 @@ class SampleConfig(Section):
     resources: ArrayResources = ArrayResources()
 
 
+class EvaluateConfig(Section):
+    """Samples and VAE -> figures and clips for the report."""
+
+    reconstructions: int = Field(6, ge=0, le=64, description="real clips shown beside their VAE reconstructions")
+    toyworld: bool = Field(False, description="prompts are the toy world's captions: judge each sample by its pixels")
+    resources: ArrayResources = ArrayResources()
+
+    @model_validator(mode="after")
+    def _one_task(self) -> EvaluateConfig:
+        if self.resources.tasks != 1:
+            raise ValueError("resources.tasks: 1 (its figures have one writer)")
+        return self
+
+
 class ClusterConfig(Section):
     """Where jobs run. Values that reach a script are held to an allow-list of characters."""
 
@@ -318,6 +332,7 @@ class Config(Section):
     model: ModelConfig | None = None
     train: TrainConfig | None = None
     sample: SampleConfig | None = None
+    evaluate: EvaluateConfig = EvaluateConfig()
 
     @model_validator(mode="after")
     def _heads(self) -> Config:
