@@ -30,6 +30,7 @@ from sorahpc.data.mp4 import write_mp4
 from sorahpc.data.prompts import Prompt, read_prompts
 from sorahpc.diffusion.flow import noise
 from sorahpc.diffusion.sampler import euler, guided
+from sorahpc.distributed import megatron
 from sorahpc.distributed.checkpoint import MANIFEST, Meta, latest, load_ema_for_sampling
 from sorahpc.errors import CheckpointError, ConfigError, NumericsError, SetupError, Stopped
 from sorahpc.models.text import TextEncoder, load_text
@@ -101,19 +102,22 @@ def run(config: Config, task: Task) -> None:
         return
 
     models = _load(config, checkpoint)
-    _check_sizes(config, items, models)
-    for unit, lacking in zip(units, missing, strict=True):
-        if not lacking:
-            continue
-        if task.stop_requested():
-            raise Stopped(f"sample: stopped on request with {done} of {total} samples of this task done")
-        # The whole pack again, though only some are lacking: the pack is part of a sample's bits.
-        clips = make_pack(unit, models, config)
-        for item, (frames, text_tokens) in zip(unit, clips, strict=True):
-            if item in lacking:
-                _write(folder, item, frames, text_tokens, unit, models, config, checkpoint)
-                done += 1
-                task.report(done, total, "clip")
+    try:
+        _check_sizes(config, items, models)
+        for unit, lacking in zip(units, missing, strict=True):
+            if not lacking:
+                continue
+            if task.stop_requested():
+                raise Stopped(f"sample: stopped on request with {done} of {total} samples of this task done")
+            # The whole pack again, though only some are lacking: the pack is part of a sample's bits.
+            clips = make_pack(unit, models, config)
+            for item, (frames, text_tokens) in zip(unit, clips, strict=True):
+                if item in lacking:
+                    _write(folder, item, frames, text_tokens, unit, models, config, checkpoint)
+                    done += 1
+                    task.report(done, total, "clip")
+    finally:
+        megatron.stop()
 
 
 def plan(config: Config, prompts: list[Prompt], checkpoint: Path) -> list[Item]:
