@@ -1,0 +1,92 @@
+// What the CPU and the CUDA kernel of patchify share: the parameters and the index math. No torch types.
+//
+// A sample of grid (T,H,W) is a latent [C, T*pt, H*ph, W*pw] on one side and T*H*W tokens of P = C*pt*ph*pw elements on
+// the other, (c pt ph pw) inside a token, or (pt ph pw c) if channels_last. Both sides hold the same number of
+// elements, so sample i begins at element first_token[i] * P on either side: one table serves both directions.
+#pragma once
+
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define SORAHPC_HD __host__ __device__ __forceinline__
+#else
+#define SORAHPC_HD inline
+#endif
+
+namespace sorahpc {
+
+struct Patchify {
+  int64_t channels;
+  int64_t pt, ph, pw;
+  bool channels_last;
+
+  SORAHPC_HD int64_t token_size() const { return channels * pt * ph * pw; }
+
+  // Where element (c, it, ih, iw) of a patch lies in its token.
+  SORAHPC_HD int64_t in_token(int64_t c, int64_t it, int64_t ih, int64_t iw) const {
+    return channels_last ? ((it * ph + ih) * pw + iw) * channels + c : ((c * pt + it) * ph + ih) * pw + iw;
+  }
+
+  // Where pixel row (c, t, h) of a sample of grid (T,H,W) begins in its latent.
+  SORAHPC_HD int64_t row_in_latent(int64_t T, int64_t H, int64_t W, int64_t c, int64_t t, int64_t h) const {
+    return ((c * T * pt + t) * (H * ph) + h) * (W * pw);
+  }
+
+  // Where element i of a sample's tokens lies in its latent.
+  SORAHPC_HD int64_t token_to_latent(int64_t T, int64_t H, int64_t W, int64_t i) const {
+    const int64_t token = i / token_size();
+    int64_t j = i % token_size();
+    int64_t c = 0;
+    if (channels_last) {
+      c = j % channels;
+      j /= channels;
+    }
+    const int64_t iw = j % pw;
+    j /= pw;
+    const int64_t ih = j % ph;
+    j /= ph;
+    const int64_t it = j % pt;
+    if (!channels_last) c = j / pt;
+    const int64_t t = token / (W * H), h = token / W % H, w = token % W;
+    return row_in_latent(T, H, W, c, t * pt + it, h * ph + ih) + w * pw + iw;
+  }
+
+  // Where element i of a sample's latent lies in its tokens: the inverse.
+  SORAHPC_HD int64_t latent_to_token(int64_t T, int64_t H, int64_t W, int64_t i) const {
+    const int64_t w = i % (W * pw);
+    i /= W * pw;
+    const int64_t h = i % (H * ph);
+    i /= H * ph;
+    const int64_t t = i % (T * pt), c = i / (T * pt);
+    const int64_t token = (t / pt * H + h / ph) * W + w / pw;
+    return token * token_size() + in_token(c, t % pt, h % ph, w % pw);
+  }
+};
+
+// The sample that holds `token`: the last i with first_token[i] <= token. first_token is ascending, [num_samples].
+SORAHPC_HD int find_sample(const int64_t* first_token, int num_samples, int64_t token) {
+  int low = 0, high = num_samples;
+  while (high - low > 1) {
+    const int mid = (low + high) / 2;
+    if (first_token[mid] <= token)
+      low = mid;
+    else
+      high = mid;
+  }
+  return low;
+}
+
+}  // namespace sorahpc
+
+extern "C" {
+
+// CPU: moves the tokens of row (t, h) = (row / H, row % H) of one sample, all channels. `latent` and `tokens` point at
+// the sample's first element. item_bytes: 2, 4 or 8; the elements are bytes to us. to_tokens: patchify, else unpatchify.
+void sorahpc_patchify_row_cpu(const sorahpc::Patchify* op, int item_bytes, bool to_tokens, int64_t T, int64_t H,
+                              int64_t W, int64_t row, char* latent, char* tokens);
+
+// CUDA: the whole pack on `stream`; grids [num_samples, 3] lies in host memory and is read before the call returns.
+// Returns a cudaError_t.
+int sorahpc_patchify_cuda(const sorahpc::Patchify* op, int item_bytes, bool to_tokens, const int64_t* grids,
+                          int64_t num_samples, char* latents, char* tokens, void* stream);
+}

@@ -1,0 +1,197 @@
+"""Builds sorahpc._ops (torch ops, LibTorch stable ABI) and sorahpc._C (pybind11); pyproject.toml has all the rest.
+
+Environment:
+    SORAHPC_NATIVE        0: install without kernels; the Python references serve (default 1: no compiler is an error)
+    SORAHPC_CUDA          auto (default): CUDA kernels if torch has CUDA and nvcc is found; 1: build them or fail; 0: no
+    CUDA_HOME             where bin/nvcc is looked for first; else nvcc on PATH, else /usr/local/cuda
+    TORCH_CUDA_ARCH_LIST  default 8.0;9.0;10.0+PTX
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).resolve().parent
+# The oldest torch whose stable ABI the kernels use; they load in every later one.
+TORCH_TARGET = "0x020b000000000000"  # 2.11
+CXX_FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"]
+SHIPPED = ("configs", "slurm")
+
+
+def fail(message: str) -> None:
+    sys.exit(f"sorahpc: {message}")
+
+
+def switch(name: str, default: str, allowed: tuple[str, ...]) -> str:
+    value = os.environ.get(name, default)
+    if value not in allowed:
+        fail(f"{name}={value}: expected {', '.join(allowed)}")
+    return value
+
+
+def torch_dir() -> Path:
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        fail("torch's headers are needed to build: pip install torch==2.13.0, or leave pip's build isolation on")
+    return Path(spec.origin).parent
+
+
+def torch_version() -> tuple[str, str | None]:
+    """Version of torch and of its CUDA (None: a CPU build), read without the seconds that importing torch takes."""
+    spec = importlib.util.spec_from_file_location("torch_version", torch_dir() / "version.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.__version__, module.cuda
+
+
+def find_nvcc() -> Path | None:
+    home = os.environ.get("CUDA_HOME")
+    on_path = shutil.which("nvcc")
+    candidates = [Path(home) / "bin/nvcc"] if home else [Path(on_path or "nvcc"), Path("/usr/local/cuda/bin/nvcc")]
+    return next((p for p in candidates if p.is_file()), None)
+
+
+def nvcc_archs() -> list[str]:
+    """nvcc's arguments for TORCH_CUDA_ARCH_LIST: 9.0 is code for it, +PTX adds what later GPUs compile themselves."""
+    flags = []
+    for arch in os.environ.get("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0+PTX").replace(" ", ";").split(";"):
+        number = arch.removesuffix("+PTX").replace(".", "")
+        if not number.rstrip("af").isdigit():
+            fail(f"TORCH_CUDA_ARCH_LIST: got {arch!r}, expected e.g. 8.0;9.0;10.0+PTX")
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if arch.endswith("+PTX"):
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return flags
+
+
+class BuildExt(build_ext):
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        # A rebuild takes seconds; one skipped because only SORAHPC_CUDA or a flag changed would take a day to find.
+        self.force = True
+
+    def build_extensions(self) -> None:
+        compiler = self.compiler.compiler_so_cxx[0]
+        if shutil.which(compiler) is None:
+            fail(
+                f"no C++ compiler ({compiler} not found): install one (Debian: apt install g++), "
+                "or install without kernels, slower: SORAHPC_NATIVE=0 pip install ."
+            )
+        torch, version, torch_cuda = torch_dir(), *torch_version()
+        mode = switch("SORAHPC_CUDA", "auto", ("auto", "0", "1"))
+        nvcc = find_nvcc()
+        if mode == "1" and nvcc is None:
+            fail("SORAHPC_CUDA=1, but no nvcc in CUDA_HOME/bin, on PATH or in /usr/local/cuda/bin")
+        cuda = nvcc is not None and (mode == "1" or (mode == "auto" and torch_cuda is not None))
+
+        (ops,) = (e for e in self.extensions if e.name == "sorahpc._ops")
+        ops.include_dirs = [str(torch / "include")]
+        ops.library_dirs = [str(torch / "lib")]
+        ops.libraries = ["torch_cpu"]  # already loaded when the ops are: found by its name, without a path of ours
+        ops.define_macros = [("TORCH_TARGET_VERSION", TORCH_TARGET)]
+        ops.extra_compile_args = CXX_FLAGS
+        archs: list[str] = []
+        if cuda:
+            archs = nvcc_archs()
+            home = Path(os.path.realpath(nvcc)).parent.parent
+            for source in sorted(Path("csrc/cuda").glob("*.cu")):
+                ops.extra_objects.append(self.compile_cuda(nvcc, archs, source))
+            ops.define_macros.append(("SORAHPC_CUDA", "1"))
+            # Static: a library with CUDA kernels then loads beside a CPU-only torch, and any CUDA torch of its driver.
+            ops.libraries += ["cudart_static", "dl", "rt", "pthread"]
+            ops.library_dirs += [str(p) for p in (cuda_lib(nvcc), home / "lib64", home / "lib") if p and p.is_dir()]
+
+        info = [e for e in self.extensions if e.name == "sorahpc._C"]
+        for extension in info:
+            import pybind11
+
+            extension.include_dirs = [pybind11.get_include()]
+            extension.extra_compile_args = CXX_FLAGS
+            strings = {
+                "VERSION": self.distribution.get_version(),
+                "CXX_FLAGS": " ".join(CXX_FLAGS),
+                "TORCH": version,
+                "NVCC": nvcc_version(nvcc) if cuda else "",
+                "CUDA_ARCHS": " ".join(a.removeprefix("-gencode=") for a in archs),
+            }
+            extension.define_macros = [(f"SORAHPC_{name}", f'"{value}"') for name, value in strings.items()]
+        if info and not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
+            # Only build info is lost, the kernels need no Python: a machine with no more than a compiler still works.
+            print("sorahpc: Python.h not found (Debian: apt install python3-dev): building without sorahpc._C", flush=True)
+            self.extensions = [ops]
+        super().build_extensions()
+        print(f"sorahpc: kernels built for CPU{' and CUDA: ' + ' '.join(archs) if cuda else ''}", flush=True)
+
+    def compile_cuda(self, nvcc: Path, archs: list[str], source: Path) -> str:
+        target = Path(self.build_temp) / source.with_suffix(".cu.o")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        command = [str(nvcc), "-c", "-std=c++17", "-O3", "--threads=2", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+        command += [*archs, str(source), "-o", str(target)]
+        print(" ".join(command), flush=True)
+        if subprocess.run(command).returncode != 0:
+            fail(f"{source}: nvcc failed; SORAHPC_CUDA=0 builds without CUDA kernels")
+        return str(target)
+
+    def get_outputs(self) -> list[str]:
+        return [path for path in super().get_outputs() if Path(path).exists()]
+
+
+def cuda_lib(nvcc: Path) -> Path | None:
+    """Where nvcc itself would look for libcudart_static.a."""
+    out = subprocess.run([str(nvcc), "-dryrun", "-c", "-x", "cu", "/dev/null"], capture_output=True, text=True).stderr
+    for line in out.splitlines():
+        if line.startswith("#$ TOP="):
+            return Path(line.removeprefix("#$ TOP=")).resolve() / "lib64"
+    return None
+
+
+def nvcc_version(nvcc: Path) -> str:
+    out = subprocess.run([str(nvcc), "--version"], capture_output=True, text=True, check=True).stdout
+    return next(line.split("release ")[1] for line in out.splitlines() if "release " in line)
+
+
+class BuildPy(build_py):
+    """Puts configs/ and slurm/ into the package of a wheel; an editable install uses them where they lie."""
+
+    def shipped(self) -> dict[Path, Path]:
+        if self.editable_mode:
+            return {}
+        files = [p for folder in SHIPPED for p in sorted((ROOT / folder).rglob("*")) if p.is_file()]
+        return {p: Path(self.build_lib) / "sorahpc" / p.relative_to(ROOT) for p in files}
+
+    def run(self) -> None:
+        super().run()
+        for source, target in self.shipped().items():
+            self.mkpath(str(target.parent))
+            self.copy_file(str(source), str(target))
+
+    def get_outputs(self, include_bytecode: bool = True) -> list[str]:
+        return [*super().get_outputs(include_bytecode), *(str(p) for p in self.shipped().values())]
+
+
+os.chdir(ROOT)
+headers = [str(p) for p in sorted(Path("csrc").rglob("*.h"))]
+cuda_sources = [str(p) for p in sorted(Path("csrc/cuda").glob("*.cu"))]
+cpu_sources = ["csrc/ops.cpp", *(str(p) for p in sorted(Path("csrc/cpu").glob("*.cpp")))]
+native = switch("SORAHPC_NATIVE", "1", ("0", "1")) == "1"
+if not native:
+    print("sorahpc: SORAHPC_NATIVE=0: installing without kernels, the Python references serve", flush=True)
+setup(
+    ext_modules=[
+        Extension("sorahpc._ops", cpu_sources, depends=headers + cuda_sources, py_limited_api=True),
+        Extension("sorahpc._C", ["csrc/module.cpp"], optional=False),
+    ]
+    if native
+    else [],
+    cmdclass={"build_ext": BuildExt, "build_py": BuildPy},
+)
