@@ -1,0 +1,302 @@
+"""Checkpoints: committed whole or not at all, verified before anything in them is unpickled.
+
+    checkpoints/
+        step-00000500/
+            *.distcp .metadata common.pt metadata.json    Megatron's shards: model, EMA, optimizer
+            meta.json                                     step, samples consumed, config, cache, latent statistics
+            MANIFEST.json                                 sha256 and size of every other file
+        latest                                            name of the newest committed folder
+
+Committing: write into a stage folder, hash, write the manifest, fsync every file and the folder, rename, fsync the
+parent, replace `latest`, and only then prune. A crash leaves the old state or the new, and a stage folder that the
+next save removes.
+
+Megatron's format holds pickles. A checkpoint is refused unless every file matches the manifest and every pickle in it
+names nothing beyond an allow-list; torch.save parts are read by torch's own weights-only unpickler first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import pickle
+import re
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from sorahpc.config import Config, parse_config
+from sorahpc.distributed import megatron
+from sorahpc.distributed.ema import Ema
+from sorahpc.distributed.mesh import Mesh
+from sorahpc.errors import CheckpointError
+from sorahpc.runs import atomic_write, fsync_dir, write_json
+
+FORMAT = 1
+MANIFEST = "MANIFEST.json"
+META = "meta.json"
+_NAME = re.compile(r"step-\d{8,}")
+
+
+@dataclass(frozen=True)
+class Meta:
+    """What a checkpoint is: enough to rebuild the model and to refuse a cache or an encoder that is not its own."""
+
+    step: int
+    consumed: int  # samples of the stream
+    config: dict[str, Any]  # resolved
+    channels: int
+    text_dim: int
+    latent_mean: list[float]
+    latent_std: list[float]
+    cache: dict[str, Any]  # the cache's cache.json: VAE and text encoder with their weights' sha256
+    world: dict[str, int]  # layout that wrote it
+    format: int = FORMAT
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Commit
+
+
+def save(
+    root: Path, meta: Meta, model: nn.Module, optimizer: Any, ema: Ema, mesh: Mesh, *, keep: int
+) -> Path:
+    """Write and commit a checkpoint. Collective.
+
+    Args:
+        root: the run's `checkpoints/`.
+        keep: newest checkpoints that stay.
+
+    Returns:
+        The committed folder.
+    """
+    final = root / f"step-{meta.step:08d}"
+    stage = root / f".stage-{meta.step:08d}"
+    if mesh.rank == 0:
+        root.mkdir(parents=True, exist_ok=True)
+        for left_over in root.glob(".stage-*"):
+            shutil.rmtree(left_over)
+        stage.mkdir()
+    dist.barrier()
+    megatron.save_sharded(_state(model, optimizer, ema, mesh, loading=False), stage)
+    dist.barrier()  # every rank's shards are written
+    if mesh.rank == 0:
+        write_json(stage / META, asdict(meta))
+        files = {p.name: {"sha256": _sha256(p), "bytes": p.stat().st_size} for p in sorted(stage.iterdir())}
+        write_json(stage / MANIFEST, {"format": FORMAT, "files": files})
+        for path in stage.iterdir():
+            _fsync(path)
+        fsync_dir(stage)
+        if final.exists():  # a resumed run reached this step again; the old one was refused or is the same
+            shutil.rmtree(final)
+        os.rename(stage, final)
+        fsync_dir(root)
+        atomic_write(root / "latest", final.name + "\n")
+        for old in committed(root)[:-keep]:
+            shutil.rmtree(old)
+    dist.barrier()
+    return final
+
+
+def committed(root: Path) -> list[Path]:
+    """Committed checkpoint folders, oldest first."""
+    if not root.is_dir():
+        return []
+    return sorted(p for p in root.iterdir() if _NAME.fullmatch(p.name) and (p / MANIFEST).is_file())
+
+
+def latest(root: Path) -> Path | None:
+    """The newest committed checkpoint under `root`, or None. `latest` is for people; a commit does not depend on it."""
+    return found[-1] if (found := committed(root)) else None
+
+
+def _state(model: nn.Module, optimizer: Any, ema: Ema, mesh: Mesh, *, loading: bool) -> dict[str, Any]:
+    sharded = megatron.sharded_parameters(model, mesh, "model")
+    averages = ema.gather()
+    return {
+        **sharded,
+        **{
+            f"ema.{name}": megatron.replace_data(sharded[f"model.{name}"], f"ema.{name}", averages[name])
+            for name in averages
+        },
+        "optimizer": megatron.optimizer_state(optimizer, sharded, loading=loading),
+    }
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Load
+
+
+def load(folder: Path, model: nn.Module, optimizer: Any, ema: Ema, mesh: Mesh) -> Meta:
+    """Restore weights, EMA and optimizer, on this or any other layout. Collective.
+
+    Raises:
+        CheckpointError: incomplete, altered, unsafe, or of another model.
+    """
+    meta = verify(folder, mesh)
+    state = megatron.load_sharded(_state(model, optimizer, ema, mesh, loading=True), folder)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(state[f"model.{name}"])
+    ema.load({name: state[f"ema.{name}"] for name in ema.names.values()})
+    optimizer.load_state_dict(state["optimizer"])
+    return meta
+
+
+def load_ema_for_sampling(folder: Path) -> tuple[nn.Module, Meta]:
+    """The model with its averaged weights, in eval mode, in this process alone.
+
+    Needs no process group: one of a single rank is made. The device is the GPU where there is one (bfloat16), else
+    the CPU (float32).
+    """
+    from sorahpc.models.dit import DiT
+
+    mesh = megatron.start()
+    meta = verify(folder, mesh)
+    config = parse_config(meta.config)
+    assert config.model is not None and config.train is not None
+    dtype = torch.bfloat16 if mesh.device.type == "cuda" else torch.float32
+    model = DiT(config.model, mesh, channels=meta.channels, text_dim=meta.text_dim, dtype=torch.float32)
+    sharded = megatron.sharded_parameters(model, mesh, "ema")
+    state = megatron.load_sharded(sharded, folder)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(state[f"ema.{name}"])
+    return model.to(dtype).eval().requires_grad_(False), meta
+
+
+def verify(folder: Path, mesh: Mesh) -> Meta:
+    """Check a checkpoint before it is loaded; rank 0 reads it all, and every rank gets the verdict. Collective."""
+    verdict: list[Any] = [None]
+    if mesh.rank == 0:
+        try:
+            verdict = [check_files(folder)]
+        except CheckpointError as error:
+            verdict = [str(error)]
+    if dist.get_world_size() > 1:
+        dist.broadcast_object_list(verdict, src=0)
+    if isinstance(verdict[0], str):
+        raise CheckpointError(verdict[0])
+    return verdict[0]
+
+
+def check_files(folder: Path) -> Meta:
+    """Compare every file with the manifest, and refuse pickles that name anything unexpected.
+
+    Raises:
+        CheckpointError: with the file, what was expected, and what was found.
+    """
+    manifest = _read_json(folder / MANIFEST)
+    files = manifest.get("files") if isinstance(manifest, dict) else None
+    if not isinstance(files, dict) or manifest.get("format") != FORMAT:
+        raise CheckpointError(f"{folder / MANIFEST}: not a manifest of checkpoint format {FORMAT}; the checkpoint is refused")
+    present = {p.name for p in folder.iterdir()} - {MANIFEST}
+    for name in sorted(present ^ set(files)):
+        what = "missing" if name in files else "not in the manifest"
+        raise CheckpointError(f"{folder / name}: {what}; the checkpoint is refused")
+    for name, entry in files.items():
+        path = folder / name
+        if path.is_symlink() or not path.is_file():
+            raise CheckpointError(f"{path}: not a regular file; the checkpoint is refused")
+        size = path.stat().st_size
+        if size != entry["bytes"]:
+            raise CheckpointError(f"{path}: expected {entry['bytes']} bytes, found {size}; the checkpoint is refused")
+        if _sha256(path) != entry["sha256"]:
+            raise CheckpointError(f"{path}: content differs from its sha256 in {MANIFEST}; the checkpoint is refused")
+    _check_pickles(folder)
+    meta = _read_json(folder / META)
+    try:
+        return Meta(**meta)
+    except TypeError as error:
+        raise CheckpointError(f"{folder / META}: {error}; the checkpoint is refused") from None
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"{path}: can't be read: {reason}; the checkpoint is refused") from None
+
+
+# What the metadata of torch's distributed checkpoints is made of.
+_ALLOWED = {
+    "torch.distributed.checkpoint.metadata": None,  # plain dataclasses
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix", "StorageMeta"},
+    "torch.serialization": {"_get_layout"},
+    "torch._utils": {"_rebuild_device"},
+    "torch": {"Size", "device", "float32", "float64", "bfloat16", "float16", "int64", "int32", "uint8", "bool"},
+    "pathlib": {"PosixPath", "Path", "PurePosixPath"},
+    "collections": {"OrderedDict"},
+    "_codecs": {"encode"},
+    "builtins": {"set", "frozenset"},
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        names = _ALLOWED.get(module, ())
+        if (names is None or name in names) and "." not in name:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"names {module}.{name}")
+
+
+def _check_pickles(folder: Path) -> None:
+    try:
+        with open(folder / ".metadata", "rb") as f:
+            metadata = _Unpickler(f).load()
+    except (OSError, pickle.UnpicklingError, EOFError, AttributeError, ValueError, TypeError, IndexError) as error:
+        raise CheckpointError(f"{folder / '.metadata'}: {error}; the checkpoint is refused") from None
+    parts = [("common.pt", None)]
+    tensors = {index for index, info in metadata.state_dict_metadata.items() if hasattr(info, "chunks")}
+    for index, info in metadata.storage_data.items():
+        if index.fqn not in tensors or not hasattr(info, "transform_descriptors"):
+            parts.append((info.relative_path, info))
+    for name, info in parts:
+        path = folder / name
+        if path.parent != folder:
+            raise CheckpointError(f"{folder / '.metadata'}: points at {name}, outside; the checkpoint is refused")
+        data = path.read_bytes() if info is None else _slice(path, info.offset, info.length)
+        try:
+            torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
+        except Exception as error:  # whatever a hostile file provokes in the reader
+            reason = str(error).splitlines()[0][:200]
+            raise CheckpointError(f"{path}: not safe to load: {reason}; the checkpoint is refused") from None
+
+
+def _slice(path: Path, offset: int, length: int) -> bytes:
+    with open(path, "rb") as f:
+        f.seek(offset)
+        return f.read(length)
+
+
+def check_config(meta: Meta, config: Config, folder: Path) -> None:
+    """Refuse a checkpoint of another model, by field."""
+    assert config.model is not None
+    before, now = meta.config["model"], config.model.model_dump(mode="json")
+    for field in now:
+        if before.get(field) != now[field]:
+            raise CheckpointError(
+                f"model.{field}: the checkpoint {folder} has {before.get(field)}, the config {now[field]}; "
+                f"use the checkpoint's, or another run name"
+            )

@@ -1,0 +1,343 @@
+"""Train the DiT on a latent cache: a gang of ranks, tp x dp, on CUDA over NCCL or on CPU over gloo.
+
+A step: next packs -> noise and target -> forward, backward -> reduce gradients -> finite on all ranks? -> clip -> step
+-> EMA -> stop asked? -> log, save. All of the progress is in the checkpoint (weights, EMA, optimizer, step, samples
+consumed), so running it again is resuming it, bit by bit on the same layout.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sorahpc import ops
+from sorahpc.config import Config, TrainConfig
+from sorahpc.data.cache import LatentCache
+from sorahpc.data.packing import GlobalBatch, Packer
+from sorahpc.diffusion import flow
+from sorahpc.distributed import checkpoint, megatron
+from sorahpc.distributed.checkpoint import Meta
+from sorahpc.distributed.ema import Ema
+from sorahpc.distributed.mesh import Mesh
+from sorahpc.errors import DataError, NumericsError, SetupError, Stopped
+from sorahpc.models.dit import DiT
+from sorahpc.runs import Task, atomic_write
+
+log = logging.getLogger(__name__)
+
+
+def run(config: Config, task: Task) -> None:
+    """The job.
+
+    Raises:
+        ConfigError: sections missing. SetupError: ranks that don't match the config. DataError: no cache, or one that
+        doesn't fit. CheckpointError: a checkpoint that was altered or is of another model. Stopped: saved on request.
+        NumericsError: a loss or gradient that is not finite.
+    """
+    config.need("model", "train")
+    assert config.model is not None and config.train is not None
+    train = config.train
+    if task.world_size != train.resources.world_size:
+        raise SetupError(
+            f"train: started with {task.world_size} ranks, but train.resources asks for {train.resources.nodes} nodes x "
+            f"{train.resources.tasks_per_node} tasks_per_node; set them to what the job has"
+        )
+    cache = LatentCache(config.cache_dir)
+    mesh = megatron.start(task.rank, task.world_size, task.local_rank, tp=train.tp, sp=train.sp)
+    try:
+        _train(config, task, cache, mesh)
+    finally:
+        megatron.stop()
+
+
+def _train(config: Config, task: Task, cache: LatentCache, mesh: Mesh) -> None:
+    train, model_config = config.train, config.model
+    assert train is not None and model_config is not None
+    dtype = pick_dtype(train, mesh.device)
+    root = config.run_dir / "checkpoints"
+
+    model = DiT(model_config, mesh, channels=cache.channels, text_dim=cache.text_dim, dtype=dtype, seed=train.seed)
+    ddp = megatron.wrap_ddp(model, model.config)
+    optimizer = megatron.make_optimizer(ddp, train, dtype)
+    ema = Ema(model, optimizer, mesh, train.ema_decay)
+
+    step, consumed, mean, std = 0, 0, cache.mean, cache.std
+    found = checkpoint.latest(root)
+    if found is not None:
+        meta = checkpoint.load(found, model, optimizer, ema, mesh)
+        checkpoint.check_config(meta, config, found)
+        _check_cache(meta, cache, config.cache_dir, found)
+        step, consumed = meta.step, meta.consumed
+        mean, std = torch.tensor(meta.latent_mean), torch.tensor(meta.latent_std)
+        log.info("resumed from %s at step %d", found, step)
+
+    packer = make_packer(cache, config)
+    loader = Loader(cache, packer, config, mean, std, mesh)
+    metrics = Metrics(config.run_dir, step) if mesh.rank == 0 else None
+    if mesh.rank == 0:
+        parameters = sum(p.numel() for p in model.parameters())
+        log.info(
+            "%d parameters on this rank, %s, tp %d%s, dp %d, %d samples",
+            parameters, dtype, mesh.tp_size, " with sp" if mesh.sp else "", mesh.dp_size, len(cache),
+        )  # fmt: skip
+
+    def save() -> None:
+        meta = Meta(
+            step=step,
+            consumed=consumed,
+            config=config.model_dump(mode="json"),
+            channels=cache.channels,
+            text_dim=cache.text_dim,
+            latent_mean=mean.tolist(),
+            latent_std=std.tolist(),
+            cache=cache.info,
+            world={"tp": mesh.tp_size, "dp": mesh.dp_size},
+        )
+        folder = checkpoint.save(root, meta, model, optimizer, ema, mesh, keep=train.keep)
+        if mesh.rank == 0:
+            log.info("saved %s", folder)
+
+    saved_at = step
+    with metrics or contextlib.nullcontext(), loader:
+        while step < train.steps:
+            start = time.perf_counter()
+            batch, packs = loader.next(consumed)
+            loss = accumulate_gradients(ddp, packs, loader.batch_tokens(batch) * model.final.out_features, mesh)
+            norm = megatron.gradient_norm(optimizer)
+            bad, stop = mesh.any_rank(not (math.isfinite(loss) and math.isfinite(norm)), task.stop_requested())
+            if bad:
+                _refuse(step + 1, loss, norm, batch, cache)
+            lr = learning_rate(step, train)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            megatron.clip_and_step(optimizer, norm, train.clip_grad)
+            ema.update()
+            step, consumed, step_consumed = step + 1, batch.consumed, batch.consumed - consumed
+
+            seconds = time.perf_counter() - start
+            task.report(step, train.steps, "step", loss=f"{loss:.4f}")
+            if metrics and (step % train.log_every == 0 or step in (1, train.steps)):
+                tokens = loader.batch_tokens(batch)
+                metrics.write(
+                    step=step, loss=loss, grad_norm=norm, lr=lr, tokens=tokens, samples=step_consumed,
+                    consumed=consumed, step_s=seconds, tokens_per_s=tokens / seconds,
+                )  # fmt: skip
+            if stop or step % train.save_every == 0 or step == train.steps:
+                save()
+                saved_at = step
+            if stop and step < train.steps:
+                raise Stopped(f"stopped on request at step {step} of {train.steps}; saved")
+    if saved_at < step:
+        save()
+
+
+def pick_dtype(train: TrainConfig, device: torch.device) -> torch.dtype:
+    bf16 = device.type == "cuda" if train.precision == "auto" else train.precision == "bf16"
+    return torch.bfloat16 if bf16 else torch.float32
+
+
+def learning_rate(step: int, train: TrainConfig) -> float:
+    """Linear warm-up, constant, linear decay to zero over the last `decay_steps`; `step` counts from 0."""
+    warm = min(1.0, (step + 1) / train.warmup_steps) if train.warmup_steps else 1.0
+    left = min(1.0, (train.steps - step) / train.decay_steps) if train.decay_steps else 1.0
+    return train.lr * min(warm, left)
+
+
+def accumulate_gradients(ddp: Any, packs: list[PackBatch], elements: int, mesh: Mesh) -> float:
+    """Forward and backward over this rank's packs, then the reductions over the mesh.
+
+    The loss is the mean squared error of the velocity over every element of the global batch, so that a token counts
+    the same wherever it is packed.
+
+    Args:
+        elements: tokens x patch volume of the global batch.
+
+    Returns:
+        The global batch's loss, the same on every rank.
+    """
+    ddp.zero_grad_buffer()
+    total = torch.zeros((), dtype=torch.float64, device=mesh.device)
+    for i, pack in enumerate(packs):
+        with ddp.no_sync() if i + 1 < len(packs) else contextlib.nullcontext():
+            velocity = ddp(pack.tokens, pack.t, pack.grids, pack.text, pack.text_lens)
+            loss = (velocity - pack.target).square().sum() / elements
+            loss.backward()
+        total += loss.detach().double()
+    megatron.finalize_grads(ddp)
+    return mesh.dp_sum(total.item())[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data
+
+
+@dataclass(frozen=True)
+class PackBatch:
+    """A pack on the device. Shapes: tokens and target [L, P] float32, t [S], grids int64 CPU [S, 3], text [Lt, Dt]."""
+
+    tokens: Tensor
+    target: Tensor
+    t: Tensor
+    grids: Tensor
+    text: Tensor
+    text_lens: list[int]
+
+
+def make_packer(cache: LatentCache, config: Config) -> Packer:
+    """Raises DataError for a latent that the patch does not divide, or that no pack can hold."""
+    assert config.model is not None and config.train is not None
+    patch = np.array(config.model.patch)
+    rest = cache.shapes[:, 1:] % patch
+    if rest.any():
+        worst = int(np.argmax(rest.any(1)))
+        raise DataError(
+            f"model.patch: {config.model.patch} does not divide the latent {tuple(cache.shapes[worst].tolist())} of "
+            f"sample {cache.keys[worst]} in {config.cache_dir}; encode with this model section, or change the patch"
+        )
+    grids = cache.shapes[:, 1:] // patch
+    # sort key: same grid, then same text length, lie together in a pack
+    order = ((grids[:, 0] * 4096 + grids[:, 1]) * 4096 + grids[:, 2]) * 8192 + cache.text_lens
+    return Packer(
+        grids.prod(1),
+        order,
+        seed=config.train.seed,
+        packs_per_step=config.train.packs_per_step,
+        tokens_per_pack=config.train.tokens_per_pack,
+        dim=config.model.dim,
+    )
+
+
+def build_pack(
+    cache: LatentCache, samples: list[tuple[int, int]], config: Config, mean: Tensor, std: Tensor, device: torch.device
+) -> PackBatch:
+    """Read, normalise, noise and patch the samples of a pack.
+
+    Args:
+        samples: (index in the cache, visit).
+        mean, std: [C] of the latents.
+    """
+    assert config.model is not None and config.train is not None
+    train, patch = config.train, config.model.patch
+    mean, std = mean.view(-1, 1, 1, 1), std.view(-1, 1, 1, 1)
+    noisy, targets, ts, grids, texts = [], [], [], [], []
+    for index, visit in samples:
+        latent, text = cache.read(index)
+        sample_id = int(cache.ids[index])
+        draw = flow.draw(train.seed, sample_id, visit, train)
+        x0 = (latent - mean) / std
+        x_t, velocity = flow.interpolate(x0, flow.noise(train.seed, sample_id, visit, tuple(x0.shape)), draw.t)
+        noisy.append(x_t.flatten())
+        targets.append(velocity.flatten())
+        ts.append(draw.t)
+        grids.append([size // p for size, p in zip(x0.shape[1:], patch, strict=True)])
+        texts.append(cache.empty_text if draw.drop_text else text)
+    grid = torch.tensor(grids, dtype=torch.int64).view(-1, 3)
+    return PackBatch(
+        tokens=ops.patchify(torch.cat(noisy).to(device), grid, cache.channels, patch),
+        target=ops.patchify(torch.cat(targets).to(device), grid, cache.channels, patch),
+        t=torch.tensor(ts, dtype=torch.float32, device=device),
+        grids=grid,
+        text=torch.cat(texts).to(device),
+        text_lens=[len(text) for text in texts],
+    )
+
+
+class Loader:
+    """Builds the next step's packs of this dp rank in a thread while the current step computes."""
+
+    def __init__(
+        self, cache: LatentCache, packer: Packer, config: Config, mean: Tensor, std: Tensor, mesh: Mesh
+    ) -> None:
+        self.cache, self.packer, self.config, self.mean, self.std, self.mesh = cache, packer, config, mean, std, mesh
+        self.thread = ThreadPoolExecutor(1)
+        self.ahead: tuple[int, Future[tuple[GlobalBatch, list[PackBatch]]]] | None = None
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.thread.shutdown(wait=True, cancel_futures=True)
+
+    def next(self, consumed: int) -> tuple[GlobalBatch, list[PackBatch]]:
+        """The global batch at `consumed`, and this rank's packs of it."""
+        if self.ahead is None or self.ahead[0] != consumed:
+            self.ahead = (consumed, self.thread.submit(self._build, consumed))
+        batch, packs = self.ahead[1].result()
+        self.ahead = (batch.consumed, self.thread.submit(self._build, batch.consumed))
+        return batch, packs
+
+    def batch_tokens(self, batch: GlobalBatch) -> int:
+        return int(sum(self.packer.tokens[sample] for pack in batch.packs for sample, _ in pack))
+
+    def _build(self, consumed: int) -> tuple[GlobalBatch, list[PackBatch]]:
+        batch = self.packer.next(consumed)
+        share = len(batch.packs) // self.mesh.dp_size
+        mine = batch.packs[self.mesh.dp_rank * share : (self.mesh.dp_rank + 1) * share]
+        args = (self.config, self.mean, self.std, self.mesh.device)
+        return batch, [build_pack(self.cache, samples, *args) for samples in mine]
+
+
+def _check_cache(meta: Meta, cache: LatentCache, folder: Path, found: Path) -> None:
+    for name in ("vae", "text"):
+        if meta.cache.get(name) != cache.info.get(name):
+            raise DataError(
+                f"{folder}: field `{name}` is {json.dumps(cache.info.get(name))}, but the checkpoint {found} was trained "
+                f"with {json.dumps(meta.cache.get(name))}; train on the cache it came from, or under another run name"
+            )
+
+
+def _refuse(step: int, loss: float, norm: float, batch: GlobalBatch, cache: LatentCache) -> None:
+    keys = [cache.keys[sample] for pack in batch.packs for sample, _ in pack]
+    shown = ", ".join(keys[:8]) + (", ..." if len(keys) > 8 else "")
+    raise NumericsError(
+        f"step {step}: loss {loss} and gradient norm {norm} must be finite; the weights are those of step {step - 1}. "
+        f"The batch's {len(keys)} samples: {shown}. Lower train.lr, or look at these samples"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Metrics
+
+
+class Metrics:
+    """metrics.jsonl, the truth, and TensorBoard beside it; both continue at the resumed step without duplicates."""
+
+    def __init__(self, run_dir: Path, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.path = run_dir / "metrics.jsonl"
+        kept = [line for line in _lines(self.path) if json.loads(line)["step"] <= step]
+        atomic_write(self.path, "".join(kept))
+        self.file = open(self.path, "a", buffering=1)
+        self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
+
+    def __enter__(self) -> Metrics:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+        self.board.close()
+
+    def write(self, *, step: int, **values: float) -> None:
+        self.file.write(json.dumps({"step": step, **values, "time": time.time()}) + "\n")
+        for name, value in values.items():
+            self.board.add_scalar(name, value, step)
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """Whole lines of a file; a last one that a crash cut short is left out."""
+    if path.exists():
+        with open(path) as f:
+            yield from (line for line in f if line.endswith("\n"))

@@ -1,0 +1,194 @@
+"""The Diffusion Transformer (Peebles and Xie 2023) over a pack of spacetime patches, split by tensor and sequence.
+
+    patch embed -> depth x [ adaLN-Zero self-attention with per-head RMS norm of q, k and 3D RoPE
+                           ; cross-attention to the text ; adaLN-Zero MLP ] -> final adaLN -> linear
+
+Shape letters: L tokens of the pack, l tokens on this rank (L/tp under sequence parallelism, else L), S samples,
+Lt text tokens, M model dim, N heads, n heads on this rank, D head dim, P patch volume x channels.
+
+Tensor-parallel rules, each with a gradient-parity test: linears between heads or hidden units are split; embedders,
+adaLN and the last layer are replicated, work on this rank's tokens, and are marked so that their gradients are summed;
+the text is replicated; the output is gathered with a backward that does not sum the copies of the loss.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sorahpc import ops
+from sorahpc.config import ModelConfig
+from sorahpc.distributed import megatron
+from sorahpc.distributed.mesh import Mesh
+from sorahpc.models.attention import pack_attention
+
+TIMESTEP_DIM = 256  # dims of the sinusoid in front of the timestep MLP, as in DiT
+
+
+class Attention(nn.Module):
+    """Multi-head attention with per-head RMS norm of q and k. Self-attention, or to a replicated text."""
+
+    def __init__(self, model: ModelConfig, config: object, mesh: Mesh, *, cross: bool) -> None:
+        super().__init__()
+        self.cross, self.head_dim = cross, model.head_dim
+        if cross:
+            self.linear_q = megatron.column_linear(config, model.dim, model.dim)
+            self.linear_kv = megatron.column_linear(config, model.dim, 2 * model.dim, parts=2, replicated_input=True)
+        else:
+            self.linear_qkv = megatron.column_linear(config, model.dim, 3 * model.dim, parts=3)
+        # Megatron knows these by name: replicated over tp, but fed by local heads only, so their gradients are summed.
+        self.q_layernorm = nn.RMSNorm(model.head_dim, eps=model.norm_eps)
+        self.k_layernorm = nn.RMSNorm(model.head_dim, eps=model.norm_eps)
+        # Zero at first, so that a block starts as the identity also where no gate guards it.
+        self.linear_proj = megatron.row_linear(config, model.dim, model.dim, zero=cross)
+
+    def forward(self, x: Tensor, pack: Pack, text: Tensor | None = None) -> Tensor:
+        """x [l, M], text [Lt, M] -> [l, M]."""
+        # The fused projections lie head by head, (q, k, v) of a head together, so that a split keeps heads whole.
+        if self.cross:
+            q = self.linear_q(x)[0].unflatten(-1, (-1, self.head_dim))  # [L, n, D]
+            k, v = self.linear_kv(text)[0].unflatten(-1, (-1, 2, self.head_dim)).unbind(2)  # [Lt, n, D]
+        else:
+            q, k, v = self.linear_qkv(x)[0].unflatten(-1, (-1, 3, self.head_dim)).unbind(2)  # [L, n, D]
+        q, k = self.q_layernorm(q), self.k_layernorm(k)
+        if not self.cross and pack.rope is not None:
+            q, k = ops.rope3d(q, k, pack.grids, *pack.rope)
+        out = pack_attention(q, k, v, pack.lens, pack.text_lens if self.cross else pack.lens)  # [L, n, D]
+        return self.linear_proj(out.flatten(1))[0]
+
+
+class Mlp(nn.Module):
+    def __init__(self, model: ModelConfig, config: object) -> None:
+        super().__init__()
+        hidden = round(model.dim * model.mlp_ratio)
+        self.linear_fc1 = megatron.column_linear(config, model.dim, hidden)
+        self.linear_fc2 = megatron.row_linear(config, hidden, model.dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_fc2(F.gelu(self.linear_fc1(x)[0], approximate="tanh"))[0]
+
+
+class Block(nn.Module):
+    """One layer; starts as the identity: gates and the cross-attention's projection are zero."""
+
+    def __init__(self, model: ModelConfig, config: object, mesh: Mesh) -> None:
+        super().__init__()
+        self.eps = model.norm_eps
+        self.self_attention = Attention(model, config, mesh, cross=False)
+        self.cross_attention = Attention(model, config, mesh, cross=True)
+        self.mlp = Mlp(model, config)
+        self.ada_ln = megatron.replicated(_zeroed(nn.Linear(model.dim, 6 * model.dim)), mesh)
+
+    def forward(self, x: Tensor, c: Tensor, text: Tensor, pack: Pack) -> Tensor:
+        """x [l, M], c [S, M] activated condition, text [Lt, M] -> [l, M]."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.ada_ln(c).chunk(6, dim=-1)  # [S, M] each
+        branch = self.self_attention(ops.modulate(x, shift1, scale1, pack.local_lens, self.eps), pack)
+        x = ops.gated_residual(x, branch, gate1, pack.local_lens)
+        x = x + self.cross_attention(F.layer_norm(x, x.shape[-1:], eps=self.eps), pack, text)
+        branch = self.mlp(ops.modulate(x, shift2, scale2, pack.local_lens, self.eps))
+        return ops.gated_residual(x, branch, gate2, pack.local_lens)
+
+
+class Pack:
+    """Lengths and grids of a pack as the layers need them; built once a forward pass."""
+
+    def __init__(self, grids: Tensor, text_lens: list[int], model: ModelConfig, mesh: Mesh, device: torch.device) -> None:
+        self.grids, self.text_lens = grids, text_lens
+        self.lens: list[int] = grids.prod(-1).tolist()
+        self.rope = (model.rope_axes, model.theta) if model.position == "rope3d" else None
+        starts = torch.cumsum(torch.tensor([0, *self.lens]), 0)
+        if mesh.sp:  # this rank's part of each sample; zero for most
+            share = int(starts[-1]) // mesh.tp_size
+            starts = (starts - mesh.tp_rank * share).clamp(0, share)
+        self.local_lens = starts.diff().to(device)
+
+
+class DiT(nn.Module):
+    """Predicts the velocity of a pack's tokens.
+
+    Args:
+        model: sizes.
+        mesh: of this process; weights are created on its device, cut for its tp rank, the same for any tp size.
+        channels: of the latent.
+        text_dim: of the text encoder.
+        dtype: of the parameters and activations (norms and modulation compute in float32).
+        seed: of the initial weights.
+    """
+
+    def __init__(
+        self, model: ModelConfig, mesh: Mesh, *, channels: int, text_dim: int, dtype: torch.dtype, seed: int = 0
+    ) -> None:
+        super().__init__()
+        self.model, self.mesh, self.channels, self.text_dim, self.dtype = model, mesh, channels, text_dim, dtype
+        self.config = config = megatron.layer_config(model, mesh, dtype)
+        patch_dim = channels * model.patch[0] * model.patch[1] * model.patch[2]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)  # every rank draws the same whole weights, and keeps its part
+            self.x_embed = megatron.replicated(_xavier(nn.Linear(patch_dim, model.dim)), mesh)
+            self.t_embed = nn.Sequential(nn.Linear(TIMESTEP_DIM, model.dim), nn.SiLU(), nn.Linear(model.dim, model.dim))
+            for layer in (self.t_embed[0], self.t_embed[2]):
+                nn.init.normal_(layer.weight, std=0.02)  # type: ignore[arg-type]
+                nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+            megatron.replicated(self.t_embed, mesh)
+            # Encoders differ in scale by orders of magnitude; its gradients arrive whole through linear_kv.
+            self.text_norm = nn.RMSNorm(text_dim, eps=model.norm_eps)
+            self.text_embed = _xavier(nn.Linear(text_dim, model.dim))
+            self.blocks = nn.ModuleList(Block(model, config, mesh) for _ in range(model.depth))
+            self.final_ada_ln = megatron.replicated(_zeroed(nn.Linear(model.dim, 2 * model.dim)), mesh)
+            self.final = megatron.replicated(_zeroed(nn.Linear(model.dim, patch_dim)), mesh)
+        self.to(device=mesh.device, dtype=dtype)
+
+    def forward(self, tokens: Tensor, t: Tensor, grids: Tensor, text: Tensor, text_lens: list[int]) -> Tensor:
+        """Velocity of every token.
+
+        Args:
+            tokens: [L, P] noisy patches of all samples, one after the other, the same on every tp rank.
+            t: [S] timesteps in [0, 1].
+            grids: int64 CPU [S, 3], patch counts; their products sum to L.
+            text: [Lt, text_dim] text embeddings of all samples, one after the other.
+            text_lens: text tokens a sample, at least one each.
+
+        Returns:
+            float32 [L, P], whole on every tp rank.
+
+        Raises:
+            ValueError: lengths that don't fit together.
+        """
+        length = len(tokens)
+        same = len(t) == len(grids) == len(text_lens)
+        if not same or int(grids.prod(-1).sum()) != length or sum(text_lens) != len(text):
+            raise ValueError(
+                f"DiT: {length} tokens, grids of {int(grids.prod(-1).sum())}, {len(text)} text tokens, lengths of "
+                f"{sum(text_lens)}; {len(t)} timesteps, {len(grids)} grids, {len(text_lens)} texts"
+            )
+        if self.mesh.sp and (short := -length % self.mesh.tp_size):
+            # Ranks hold equal shares of tokens: a dummy sample of fewer than tp tokens fills the last one.
+            tokens = F.pad(tokens, (0, 0, 0, short))
+            t, text, text_lens = F.pad(t, (0, 1)), F.pad(text, (0, 0, 0, 1)), [*text_lens, 1]
+            grids = torch.cat((grids, torch.tensor([[1, 1, short]])))
+        pack = Pack(grids, text_lens, self.model, self.mesh, tokens.device)
+
+        x = self.x_embed(megatron.local_tokens(tokens.to(self.dtype), self.mesh))  # [l, M]
+        if self.model.position == "sincos3d":
+            positions = ops.sincos3d(grids, self.model.dim, self.model.theta).to(x)
+            x = x + megatron.local_tokens(positions, self.mesh)
+        c = F.silu(self.t_embed(ops.timestep_embedding(t, TIMESTEP_DIM).to(self.dtype)))  # [S, M]
+        text = self.text_embed(self.text_norm(text.to(self.dtype)))  # [Lt, M]
+        for block in self.blocks:
+            x = block(x, c, text, pack)
+        shift, scale = self.final_ada_ln(c).chunk(2, dim=-1)
+        x = self.final(ops.modulate(x, shift, scale, pack.local_lens, self.model.norm_eps))  # [l, P]
+        return megatron.gather_tokens(x.float(), self.mesh)[:length]
+
+
+def _zeroed(layer: nn.Linear) -> nn.Linear:
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def _xavier(layer: nn.Linear) -> nn.Linear:
+    nn.init.xavier_uniform_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
