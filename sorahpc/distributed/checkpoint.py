@@ -31,6 +31,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from sorahpc.config import Config, parse_config
 from sorahpc.distributed import megatron
@@ -65,9 +66,7 @@ class Meta:
 # Commit
 
 
-def save(
-    root: Path, meta: Meta, model: nn.Module, optimizer: Any, ema: Ema, mesh: Mesh, *, keep: int
-) -> Path:
+def save(root: Path, meta: Meta, model: nn.Module, optimizer: Any, ema: Ema, mesh: Mesh, *, keep: int) -> Path:
     """Write and commit a checkpoint. Collective.
 
     Args:
@@ -239,24 +238,29 @@ def _read_json(path: Path) -> Any:
         raise CheckpointError(f"{path}: can't be read: {reason}; the checkpoint is refused") from None
 
 
-# What the metadata of torch's distributed checkpoints is made of.
+# What the metadata of torch's distributed checkpoints is made of: dataclasses, enums, sizes and dtypes.
 _ALLOWED = {
-    "torch.distributed.checkpoint.metadata": None,  # plain dataclasses
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix", "StorageMeta"},
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.planner": {"SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"},
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
     "torch.serialization": {"_get_layout"},
-    "torch._utils": {"_rebuild_device"},
-    "torch": {"Size", "device", "float32", "float64", "bfloat16", "float16", "int64", "int32", "uint8", "bool"},
-    "pathlib": {"PosixPath", "Path", "PurePosixPath"},
+    "torch": {"Size", "float32", "bfloat16", "float16", "float64", "int64", "int32"},
     "collections": {"OrderedDict"},
-    "_codecs": {"encode"},
-    "builtins": {"set", "frozenset"},
 }
 
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        names = _ALLOWED.get(module, ())
-        if (names is None or name in names) and "." not in name:
+        if name in _ALLOWED.get(module, ()):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"names {module}.{name}")
 
@@ -267,15 +271,16 @@ def _check_pickles(folder: Path) -> None:
             metadata = _Unpickler(f).load()
     except (OSError, pickle.UnpicklingError, EOFError, AttributeError, ValueError, TypeError, IndexError) as error:
         raise CheckpointError(f"{folder / '.metadata'}: {error}; the checkpoint is refused") from None
-    parts = [("common.pt", None)]
-    tensors = {index for index, info in metadata.state_dict_metadata.items() if hasattr(info, "chunks")}
+    parts: list[tuple[str, Any]] = [("common.pt", None)]
     for index, info in metadata.storage_data.items():
-        if index.fqn not in tensors or not hasattr(info, "transform_descriptors"):
-            parts.append((info.relative_path, info))
+        if "/" in info.relative_path or not (folder / info.relative_path).is_file():
+            raise CheckpointError(
+                f"{folder / '.metadata'}: points at {info.relative_path!r}, not a file of it; the checkpoint is refused"
+            )
+        if not isinstance(metadata.state_dict_metadata.get(index.fqn), TensorStorageMetadata):
+            parts.append((info.relative_path, info))  # torch reads tensors weights-only, but other entries with pickle
     for name, info in parts:
         path = folder / name
-        if path.parent != folder:
-            raise CheckpointError(f"{folder / '.metadata'}: points at {name}, outside; the checkpoint is refused")
         data = path.read_bytes() if info is None else _slice(path, info.offset, info.length)
         try:
             torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")

@@ -282,6 +282,10 @@ def finalize_grads(ddp: Any) -> None:
     _core().distributed.finalize_model_grads([ddp])
 
 
+def _parts(optimizer: Any) -> list[Any]:
+    return getattr(optimizer, "chained_optimizers", [optimizer])
+
+
 def gradient_norm(optimizer: Any) -> float:
     """Move the reduced gradients to the master weights and return their global norm, the same on every rank."""
     optimizer.prepare_grads()
@@ -292,7 +296,7 @@ def clip_and_step(optimizer: Any, norm: float, max_norm: float) -> None:
     """Scale the gradients to `max_norm` if above it, update the master weights, and copy them to the model."""
     if norm > max_norm:
         scale = max_norm / (norm + 1e-6)
-        for inner in getattr(optimizer, "chained_optimizers", [optimizer]):
+        for inner in _parts(optimizer):
             for parameter in inner.get_parameters():
                 if parameter.grad is not None:
                     parameter.grad.mul_(scale)
@@ -304,7 +308,7 @@ def main_shards(optimizer: Any) -> Iterator[tuple[nn.Parameter, Tensor, int, int
 
     The slices of a parameter over the ranks of dp make it up, each element on one rank.
     """
-    for inner in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for inner in _parts(optimizer):
         for models, mains in (
             (inner.model_float16_groups, inner.shard_fp32_from_float16_groups),
             (inner.model_fp32_groups, inner.shard_fp32_groups),
@@ -346,6 +350,11 @@ def replace_data(sharded: Any, key: str, data: Tensor) -> Any:
 
 
 def optimizer_state(optimizer: Any, sharded_model: dict[str, Any], *, loading: bool) -> Any:
+    """Sharded state dict of master weights and moments; with `loading`, the places to read them into."""
+    if loading:
+        for inner in _parts(optimizer):
+            if not inner.optimizer.state:  # torch's AdamW has no moments before its first step
+                inner._init_optimizer_states_with_dummy_values()
     return optimizer.sharded_state_dict(sharded_model, is_loading=loading, metadata=dict(_OPTIMIZER_FORMAT))
 
 
