@@ -171,9 +171,10 @@ def _tiles(run: _Run) -> str:
     tiles: list[tuple[str, str, float | None]] = []  # label, figure, share for a bar
     try:
         judged = _judgements(run)
-        for aspect, (good, count) in shares(judged.values()).items() if judged else ():
-            tiles.append((f"{aspect} as asked", f"{good} of {count} ({good / count:.0%})", good / count))
-    except (OSError, ValueError, KeyError, TypeError):
+        rows = [judged[s.name] for s in _samples(run)[0] if s.name in judged] if judged else []
+        for aspect, (good, count) in shares(rows).items() if rows else ():
+            tiles.append((f"{aspect} as asked: {good} of {count}", f"{good / count:.0%}", good / count))
+    except (_Missing, OSError, ValueError, KeyError, TypeError):
         pass  # the section below says what is wrong with the file
     try:
         rows = run.metrics()
@@ -205,8 +206,9 @@ def _generated(run: _Run) -> str:
         + f". Made from the averaged weights of step {_text(first['checkpoint']['step'])}, {_text(settings['steps'])} "
         f"Euler steps, guidance {_text(settings['cfg_scale'])}.</p>"
     ]
-    figures = shares(judged[s.name] for s in samples if s.name in judged)
-    if judged:
+    rows = [judged[s.name] for s in samples if s.name in judged]
+    if rows:
+        figures = shares(rows)
         words = ", ".join(f"{aspect} {good} of {count}" for aspect, (good, count) in figures.items())
         lines.append(f"<p>Judged by code from the pixels of the mp4 files: {_text(words)}.</p>")
     else:
@@ -462,11 +464,11 @@ _STYLE = """
 body { margin: 0 auto; max-width: 1180px; padding: 32px 24px 64px; background: var(--paper); color: var(--ink);
   font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; }
 h1 { margin: 0; font-size: 28px; letter-spacing: -0.01em; } h2 { margin: 0 0 8px; font-size: 19px; }
-header p { margin: 2px 0 0; color: var(--soft); } section { margin-top: 40px; } p { margin: 0 0 12px; max-width: 80ch; }
+header p { margin: 2px 0 0; color: var(--soft); } section { margin-top: 40px; } p { margin: 0 0 12px; max-width: 96ch; }
 small, .note { color: var(--soft); } .note { font-style: italic; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); gap: 12px; margin-top: 20px; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(148px, 1fr)); gap: 12px; margin-top: 20px; }
 .tile { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 12px 14px; }
-.tile b { display: block; font-size: 18px; font-variant-numeric: tabular-nums; } .tile span { color: var(--soft); }
+.tile b { display: block; font-size: 22px; font-variant-numeric: tabular-nums; } .tile span { color: var(--soft); }
 .bar { height: 6px; border-radius: 3px; background: var(--line); overflow: hidden; margin-top: 8px; }
 .bar span { display: block; height: 100%; background: var(--accent); }
 .clips { display: grid; grid-template-columns: repeat(auto-fill, minmax(210px, 1fr)); gap: 16px; }
@@ -474,9 +476,9 @@ small, .note { color: var(--soft); } .note { font-style: italic; }
 figure { margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: 8px; overflow: hidden; }
 .clips figcaption { padding: 10px 12px 12px; overflow-wrap: anywhere; }
 .clips small { display: block; margin-top: 4px; }
-video { display: block; width: 100%; height: 208px; object-fit: contain; background: #000;
+video { display: block; width: 100%; aspect-ratio: 1; object-fit: contain; background: var(--line);
   image-rendering: pixelated; }
-.pair { display: grid; grid-template-columns: 1fr 1fr; gap: 2px; } .pair video { height: 168px; }
+.pair { display: grid; grid-template-columns: 1fr 1fr; gap: 2px; }
 .pair small { text-align: center; padding-top: 4px; margin: 0; }
 .chips { display: flex; flex-wrap: wrap; gap: 4px 10px; list-style: none; margin: 6px 0 0; padding: 0;
   font-size: 13px; }
