@@ -127,7 +127,9 @@ class BuildExt(build_ext):
             extension.define_macros = [(f"SORAHPC_{name}", f'"{value}"') for name, value in strings.items()]
         if info and not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
             # Only build info is lost, the kernels need no Python: a machine with no more than a compiler still works.
-            print("sorahpc: Python.h not found (Debian: apt install python3-dev): building without sorahpc._C", flush=True)
+            print(
+                "sorahpc: Python.h not found (Debian: apt install python3-dev): building without sorahpc._C", flush=True
+            )
             self.extensions = [ops]
         super().build_extensions()
         print(f"sorahpc: kernels built for CPU{' and CUDA: ' + ' '.join(archs) if cuda else ''}", flush=True)

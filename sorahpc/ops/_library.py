@@ -1,0 +1,125 @@
+"""Where the ops of torch.ops.sorahpc are defined, and which body of each is live.
+
+An op is defined in Python: schema, reference, fake, gradient. The reference is its default body, so that everything
+works unbuilt; ``sorahpc/_ops.abi3.so``, where it is built, adds compiled bodies for CPU and CUDA. The only module that
+imports ``sorahpc._C``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sorahpc.errors import SetupError
+
+log = logging.getLogger(__name__)
+
+LIBRARY = Path(__file__).resolve().parent.parent / "_ops.abi3.so"
+
+_definitions = torch.library.Library("sorahpc", "DEF")
+_ops: dict[str, Any] = {}
+_reference_wanted = 0
+
+
+def _load() -> dict[str, str] | None:
+    """Load the compiled ops. Schemas they were written for, by name; None where they are not built."""
+    if not LIBRARY.is_file():
+        log.warning("sorahpc._ops is not built, the slower Python references serve; to build it: make build")
+        return None
+    try:
+        torch.ops.load_library(LIBRARY)
+        schemas = ctypes.CDLL(str(LIBRARY)).sorahpc_schemas
+    except (OSError, AttributeError) as error:
+        raise SetupError(f"{LIBRARY}: can't be loaded ({error}); build it again for this torch: make build") from error
+    schemas.restype = ctypes.c_char_p
+    return {line.split("(")[0]: line for line in schemas().decode().splitlines()}
+
+
+_compiled = _load()
+
+
+def define(
+    schema: str,
+    *,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    setup_context: Callable[..., None],
+    backward: Callable[..., Any],
+) -> Callable[..., Any]:
+    """Define ``torch.ops.sorahpc.<name>`` and return what calls it, or its reference inside `use_reference`.
+
+    Args:
+        schema: ``name(Tensor x, ...) -> Tensor``, the same text as in csrc/ops.cpp where the op has compiled bodies.
+        reference: the default body, out of plain torch ops that autograd can follow. It returns new memory, never a
+            view of an argument.
+        fake: shape and dtype of the result, without data.
+        setup_context, backward: the gradient, as of ``torch.library.register_autograd``.
+
+    Raises:
+        SetupError: the compiled op was built for another schema; calling it would read garbage.
+    """
+    name = schema.split("(")[0]
+    if _compiled is not None and _compiled.get(name, schema) != schema:
+        raise SetupError(f"{LIBRARY}: built for `{_compiled[name]}`, this is `{schema}`; build it again: make build")
+    _definitions.define(schema)
+    _definitions.impl(name, reference, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"sorahpc::{name}", fake, lib=_definitions)
+    torch.library.register_autograd(f"sorahpc::{name}", backward, setup_context=setup_context, lib=_definitions)
+    op = _ops[name] = getattr(torch.ops.sorahpc, name).default
+
+    def call(*args: Any) -> Any:
+        return reference(*args) if _reference_wanted else op(*args)
+
+    return call
+
+
+@contextmanager
+def use_reference() -> Iterator[None]:
+    """Every op runs its Python reference inside, forward and gradient: what tests and benchmarks compare with.
+
+    It holds for the whole process, other threads included.
+    """
+    global _reference_wanted
+    _reference_wanted += 1
+    try:
+        yield
+    finally:
+        _reference_wanted -= 1
+
+
+def build_info() -> dict[str, str] | None:
+    """How the native parts were built (version, compiler, flags, torch, CUDA); None where ``sorahpc._C`` is not."""
+    try:
+        import sorahpc._C as native
+    except ModuleNotFoundError as error:
+        if error.name != "sorahpc._C":
+            raise
+        return None
+    return dict(native.build_info())
+
+
+def backend() -> dict[str, Any]:
+    """What is live, for ``sorahpc doctor``.
+
+    Returns:
+        ``library``: its path, or None; ``ops``: for each op, ``cpu`` and ``cuda`` are "compiled" or "reference";
+        ``build``: `build_info`.
+    """
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    return {
+        "library": None if _compiled is None else str(LIBRARY),
+        "ops": {
+            name: {
+                key.lower(): "compiled" if has_kernel(f"sorahpc::{name}", key) else "reference"
+                for key in ("CPU", "CUDA")
+            }
+            for name in sorted(_ops)
+        },
+        "build": build_info(),
+    }
