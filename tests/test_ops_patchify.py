@@ -34,11 +34,7 @@ PATCHES = [(1, 2, 2), (1, 1, 1), (2, 3, 5), (1, 4, 4), (4, 1, 16), (1, 1, 32)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 compiled_only = pytest.mark.skipif(not LIBRARY.is_file(), reason="sorahpc._ops is not built (make build)")
-gpu = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device, or torch is a CPU build"),
-]
-devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=gpu)])
+devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 
 
 def grids_of(pack: list[tuple[int, int, int]]) -> Tensor:

@@ -1,0 +1,70 @@
+# make demo     the whole pipeline on the toy world, on this machine; ends with runs/demo/report.html
+# make test     all tests but those marked slow; ARGS="-k name" goes to pytest
+# make slow     the slow tests
+# make lint     ruff and mypy; `make format` rewrites what ruff asks for
+# make bench    every benchmarks/bench_*.py
+# make build    only the environment and the kernels; every target above does this first, and again only what changed
+# make clean    removes what these made, runs/ excepted
+#
+# PYTHON=python3.12 chooses the interpreter of a new environment, VENV=path its place. setup.py reads SORAHPC_CUDA
+# (auto, 0, 1), SORAHPC_NATIVE=0 (no kernels: no compiler needed) and TORCH_CUDA_ARCH_LIST.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := build
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
+PYTHON ?= $(shell for p in python3 python3.11 python3.12; do $$p -c "$(SUPPORTED)" 2>/dev/null && echo $$p && break; done)
+KERNELS := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/*)
+LIBRARY := sorahpc/_ops.abi3.so
+# One thread a process: tests start several, and idle OpenMP threads cost more than they bring on a small machine.
+PYTEST := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest
+
+.PHONY: build demo test slow lint format bench clean FORCE
+
+build: $(VENV)/.built
+
+demo: build
+	@$(BIN)/sorahpc demo
+
+test: build
+	@$(PYTEST) -m "not slow" $(ARGS)
+
+slow: build
+	@$(PYTEST) -m slow $(ARGS)
+
+lint: build
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: build
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+bench: build
+	@ls benchmarks/bench_*.py >/dev/null 2>&1 || { echo "make: no benchmarks/bench_*.py here" >&2; exit 1; }
+	@for bench in benchmarks/bench_*.py; do $(BIN)/python $$bench; done
+
+clean:
+	rm -rf $(VENV) build *.egg-info sorahpc/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "make: Python 3.11 or 3.12 is needed; none found as python3, python3.11, python3.12. \
+	Name one: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@$(PYTHON) -c "$(SUPPORTED)" || { echo "make: $(PYTHON) is not a working Python 3.11 or 3.12" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "make: $(PYTHON) can't make a virtual environment \
+	(Debian: apt install python3-venv)" >&2; exit 1; }
+
+# torch first, for its headers: then the package is built against it, without pip fetching a second copy to build with.
+$(VENV)/.deps: pyproject.toml setup.py constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt setuptools pybind11 torch
+	SORAHPC_NATIVE=0 $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[dev]'
+	@touch $@
+
+$(VENV)/.built: $(VENV)/.deps $(KERNELS) $(if $(wildcard $(LIBRARY)),,FORCE)
+	@if [ "$${SORAHPC_NATIVE:-1}" = 0 ]; then echo "make: SORAHPC_NATIVE=0: no kernels, the Python references serve"; \
+	else $(BIN)/python setup.py -q build_ext --inplace; fi
+	@touch $@
