@@ -54,6 +54,12 @@ def _check_safe(text: str) -> str:
     return text
 
 
+def _check_variable(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", text):
+        raise ValueError("the name of an environment variable: letters, digits and _, not starting with a digit")
+    return text
+
+
 def _check_name(text: str) -> str:
     if not NAME.fullmatch(text):
         raise ValueError("1 to 64 letters, digits, dots, dashes or underscores, starting with a letter or digit")
@@ -295,6 +301,15 @@ class EvaluateConfig(Section):
         return self
 
 
+class DemoConfig(Section):
+    """The toy world that `sorahpc demo` makes before it runs the pipeline on it."""
+
+    clips: int = Field(ge=1, le=100_000, description="videos rendered into prepare.videos")
+    prompts: int = Field(36, ge=1, le=10_000, description="captions written into sample.prompts, balanced")
+    text_dim: int = Field(64, ge=8, description="dim of the tiny T5 written into text.path")
+    seed: int = Field(0, ge=0, lt=2**31, description="of the world and the T5's weights")
+
+
 class ClusterConfig(Section):
     """Where jobs run. Values that reach a script are held to an allow-list of characters."""
 
@@ -312,7 +327,7 @@ class ClusterConfig(Section):
     max_array_parallel: int = Field(256, ge=1, description="array tasks that run at the same time")
     signal_lead_s: int = Field(120, ge=10, description="USR2 comes this long before the time limit")
     python: SafeStr | None = Field(None, description="python of the compute nodes; None: the one that submits")
-    env: dict[Annotated[str, AfterValidator(_check_name)], SafeStr] = Field(
+    env: dict[Annotated[str, AfterValidator(_check_variable)], SafeStr] = Field(
         default_factory=dict, description="environment of the tasks; never put secrets here"
     )
 
@@ -333,6 +348,7 @@ class Config(Section):
     train: TrainConfig | None = None
     sample: SampleConfig | None = None
     evaluate: EvaluateConfig = EvaluateConfig()
+    demo: DemoConfig | None = None
 
     @model_validator(mode="after")
     def _heads(self) -> Config:
