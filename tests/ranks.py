@@ -81,5 +81,6 @@ if __name__ == "__main__":
     import importlib
 
     module, name, args = pickle.loads(Path(sys.argv[1]).read_bytes())
-    result = getattr(importlib.import_module(module), name)(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), *args)
+    function = getattr(importlib.import_module(module), name)
+    result = function(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), *args)
     Path(sys.argv[2]).write_bytes(pickle.dumps(result))

@@ -208,7 +208,9 @@ def check_files(folder: Path) -> Meta:
     manifest = _read_json(folder / MANIFEST)
     files = manifest.get("files") if isinstance(manifest, dict) else None
     if not isinstance(files, dict) or manifest.get("format") != FORMAT:
-        raise CheckpointError(f"{folder / MANIFEST}: not a manifest of checkpoint format {FORMAT}; the checkpoint is refused")
+        raise CheckpointError(
+            f"{folder / MANIFEST}: not a manifest of checkpoint format {FORMAT}; the checkpoint is refused"
+        )
     present = {p.name for p in folder.iterdir()} - {MANIFEST}
     for name in sorted(present ^ set(files)):
         what = "missing" if name in files else "not in the manifest"

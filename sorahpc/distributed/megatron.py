@@ -51,7 +51,7 @@ class _CudaIsCpu(TorchFunctionMode):
 
 def _run_on_cpu() -> None:
     """Answer Megatron's CUDA calls with the CPU's. Process-wide, once, and only where there is no CUDA."""
-    cuda = torch.cuda
+    cuda: Any = torch.cuda
     cuda.current_device = lambda: torch.device("cpu")  # Megatron uses it as device=...
     cuda.synchronize = lambda *args, **kwargs: None
     cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(int(seed))
@@ -65,9 +65,10 @@ def _core() -> Any:
     on_cpu = not torch.cuda.is_available()
     if on_cpu:
         _run_on_cpu()
+    torch_module: Any = torch
     compile_ = torch.compile
     if on_cpu:  # Megatron's fused helpers compile at import (2 s) and at first use (3 to 25 s each); none is used here
-        torch.compile = lambda f=None, **kwargs: f if f is not None else (lambda g: g)
+        torch_module.compile = lambda f=None, **kwargs: f if f is not None else (lambda g: g)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # "Transformer Engine / Apex is not installed", one warning a module
@@ -79,7 +80,7 @@ def _core() -> Any:
             import megatron.core.transformer
             from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
     finally:
-        torch.compile = compile_
+        torch_module.compile = compile_
     logging.getLogger("megatron").setLevel(logging.ERROR)
     # Megatron calls collectives by names that torch 2.13 has renamed; one warning a process and name.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
@@ -171,8 +172,10 @@ def _uniform(bound: float) -> Callable[[Tensor], Tensor]:
     return lambda weight: nn.init.uniform_(weight, -bound, bound)
 
 
-def column_linear(config: Any, in_dim: int, out_dim: int, *, parts: int = 1, replicated_input: bool = False) -> nn.Module:
-    """[L or L/tp, in_dim] -> [L, out_dim / tp]: weight cut by rows; gathers the tokens first under sequence parallelism.
+def column_linear(
+    config: Any, mesh: Mesh, in_dim: int, out_dim: int, *, parts: int = 1, replicated_input: bool = False
+) -> nn.Module:
+    """[L or L/tp, in_dim] -> [L, out_dim / tp]: weight cut by rows; under SP the tokens are gathered first.
 
     Args:
         parts: how many equal projections are fused in the output; each gets Xavier's bound for its own shape.
@@ -188,10 +191,12 @@ def column_linear(config: Any, in_dim: int, out_dim: int, *, parts: int = 1, rep
         bias=True,
         gather_output=False,
         skip_bias_add=False,
+        is_expert=False,
+        tp_group=mesh.tp_group,
     )
 
 
-def row_linear(config: Any, in_dim: int, out_dim: int, *, zero: bool = False) -> nn.Module:
+def row_linear(config: Any, mesh: Mesh, in_dim: int, out_dim: int, *, zero: bool = False) -> nn.Module:
     """[L, in_dim / tp] -> [L or L/tp, out_dim]: weight cut by columns; sums, and under SP scatters, the outputs."""
     return _core().tensor_parallel.RowParallelLinear(
         in_dim,
@@ -201,6 +206,8 @@ def row_linear(config: Any, in_dim: int, out_dim: int, *, zero: bool = False) ->
         bias=True,
         input_is_parallel=True,
         skip_bias_add=False,
+        is_expert=False,
+        tp_group=mesh.tp_group,
     )
 
 
@@ -213,7 +220,7 @@ def _with_sp_off(config: Any) -> Any:
 
 
 def replicated(module: nn.Module, mesh: Mesh) -> nn.Module:
-    """Mark parameters that every tp rank holds and that see this rank's tokens only: their gradients are SUMMED over tp.
+    """Mark parameters that every tp rank holds and feeds with its own tokens: their gradients are SUMMED over tp.
 
     Without the mark the replicas drift apart silently under sequence parallelism.
     """

@@ -85,9 +85,12 @@ def init_process_group(rank: int, world_size: int, device: torch.device) -> None
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world_size == 1:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=COLLECTIVE_TIMEOUT)
+        store = dist.HashStore()  # type: ignore[attr-defined]  # public, but not in torch's own list of exports
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=COLLECTIVE_TIMEOUT)
         return
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
-        raise SetupError(f"{' and '.join(missing)} not set for {world_size} ranks; start the job through sorahpc or slurm/")
+        raise SetupError(
+            f"{' and '.join(missing)} not set for {world_size} ranks; start the job through sorahpc or slurm/"
+        )
     dist.init_process_group(backend, init_method="env://", rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT)

@@ -51,8 +51,8 @@ def run(config: Config, task: Task) -> None:
     train = config.train
     if task.world_size != train.resources.world_size:
         raise SetupError(
-            f"train: started with {task.world_size} ranks, but train.resources asks for {train.resources.nodes} nodes x "
-            f"{train.resources.tasks_per_node} tasks_per_node; set them to what the job has"
+            f"train.resources: nodes {train.resources.nodes} x tasks_per_node {train.resources.tasks_per_node}, but "
+            f"the job was started with {task.world_size} ranks; set them to what the job has"
         )
     cache = LatentCache(config.cache_dir)
     mesh = megatron.start(task.rank, task.world_size, task.local_rank, tp=train.tp, sp=train.sp)
@@ -114,7 +114,7 @@ def _train(config: Config, task: Task, cache: LatentCache, mesh: Mesh) -> None:
         while step < train.steps:
             start = time.perf_counter()
             batch, packs = loader.next(consumed)
-            loss = accumulate_gradients(ddp, packs, loader.batch_tokens(batch) * model.final.out_features, mesh)
+            loss = accumulate_gradients(ddp, packs, loader.batch_tokens(batch) * model.patch_dim, mesh)
             norm = megatron.gradient_norm(optimizer)
             bad, stop = mesh.any_rank(not (math.isfinite(loss) and math.isfinite(norm)), task.stop_requested())
             if bad:
@@ -293,8 +293,8 @@ def _check_cache(meta: Meta, cache: LatentCache, folder: Path, found: Path) -> N
     for name in ("vae", "text"):
         if meta.cache.get(name) != cache.info.get(name):
             raise DataError(
-                f"{folder}: field `{name}` is {json.dumps(cache.info.get(name))}, but the checkpoint {found} was trained "
-                f"with {json.dumps(meta.cache.get(name))}; train on the cache it came from, or under another run name"
+                f"{folder}: field `{name}` is {json.dumps(cache.info.get(name))}, but the checkpoint {found} was "
+                f"trained with {json.dumps(meta.cache.get(name))}; use the cache it came from, or another run name"
             )
 
 

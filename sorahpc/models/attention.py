@@ -43,4 +43,6 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, q_lens: Sequence[int], k_lens: Sequ
     cu_q, cu_k = (
         torch.tensor([0, *itertools.accumulate(lens)], dtype=torch.int32, device=q.device) for lens in (q_lens, k_lens)
     )
-    return varlen_attn(q, k, v, cu_q, cu_k, max(q_lens), max(k_lens))
+    out = varlen_attn(q, k, v, cu_q, cu_k, max(q_lens), max(k_lens))
+    assert isinstance(out, Tensor)  # a tuple only where auxiliary outputs are asked for
+    return out

@@ -33,15 +33,17 @@ class Attention(nn.Module):
         super().__init__()
         self.cross, self.head_dim = cross, model.head_dim
         if cross:
-            self.linear_q = megatron.column_linear(config, model.dim, model.dim)
-            self.linear_kv = megatron.column_linear(config, model.dim, 2 * model.dim, parts=2, replicated_input=True)
+            self.linear_q = megatron.column_linear(config, mesh, model.dim, model.dim)
+            self.linear_kv = megatron.column_linear(
+                config, mesh, model.dim, 2 * model.dim, parts=2, replicated_input=True
+            )
         else:
-            self.linear_qkv = megatron.column_linear(config, model.dim, 3 * model.dim, parts=3)
+            self.linear_qkv = megatron.column_linear(config, mesh, model.dim, 3 * model.dim, parts=3)
         # Megatron knows these by name: replicated over tp, but fed by local heads only, so their gradients are summed.
         self.q_layernorm = nn.RMSNorm(model.head_dim, eps=model.norm_eps)
         self.k_layernorm = nn.RMSNorm(model.head_dim, eps=model.norm_eps)
         # Zero at first, so that a block starts as the identity also where no gate guards it.
-        self.linear_proj = megatron.row_linear(config, model.dim, model.dim, zero=cross)
+        self.linear_proj = megatron.row_linear(config, mesh, model.dim, model.dim, zero=cross)
 
     def forward(self, x: Tensor, pack: Pack, text: Tensor | None = None) -> Tensor:
         """x [l, M], text [Lt, M] -> [l, M]."""
@@ -59,11 +61,11 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    def __init__(self, model: ModelConfig, config: object) -> None:
+    def __init__(self, model: ModelConfig, config: object, mesh: Mesh) -> None:
         super().__init__()
         hidden = round(model.dim * model.mlp_ratio)
-        self.linear_fc1 = megatron.column_linear(config, model.dim, hidden)
-        self.linear_fc2 = megatron.row_linear(config, hidden, model.dim)
+        self.linear_fc1 = megatron.column_linear(config, mesh, model.dim, hidden)
+        self.linear_fc2 = megatron.row_linear(config, mesh, hidden, model.dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear_fc2(F.gelu(self.linear_fc1(x)[0], approximate="tanh"))[0]
@@ -77,7 +79,7 @@ class Block(nn.Module):
         self.eps = model.norm_eps
         self.self_attention = Attention(model, config, mesh, cross=False)
         self.cross_attention = Attention(model, config, mesh, cross=True)
-        self.mlp = Mlp(model, config)
+        self.mlp = Mlp(model, config, mesh)
         self.ada_ln = megatron.replicated(_zeroed(nn.Linear(model.dim, 6 * model.dim)), mesh)
 
     def forward(self, x: Tensor, c: Tensor, text: Tensor, pack: Pack) -> Tensor:
@@ -93,7 +95,9 @@ class Block(nn.Module):
 class Pack:
     """Lengths and grids of a pack as the layers need them; built once a forward pass."""
 
-    def __init__(self, grids: Tensor, text_lens: list[int], model: ModelConfig, mesh: Mesh, device: torch.device) -> None:
+    def __init__(
+        self, grids: Tensor, text_lens: list[int], model: ModelConfig, mesh: Mesh, device: torch.device
+    ) -> None:
         self.grids, self.text_lens = grids, text_lens
         self.lens: list[int] = grids.prod(-1).tolist()
         self.rope = (model.rope_axes, model.theta) if model.position == "rope3d" else None
@@ -122,7 +126,7 @@ class DiT(nn.Module):
         super().__init__()
         self.model, self.mesh, self.channels, self.text_dim, self.dtype = model, mesh, channels, text_dim, dtype
         self.config = config = megatron.layer_config(model, mesh, dtype)
-        patch_dim = channels * model.patch[0] * model.patch[1] * model.patch[2]
+        self.patch_dim = patch_dim = channels * model.patch[0] * model.patch[1] * model.patch[2]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)  # every rank draws the same whole weights, and keeps its part
             self.x_embed = megatron.replicated(_xavier(nn.Linear(patch_dim, model.dim)), mesh)

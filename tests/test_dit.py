@@ -1,0 +1,132 @@
+"""The DiT computes each sample of a pack as if it were alone, and starts at the loss that theory gives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_parallel_parity import CHANNELS, GRIDS, MODEL, TEXT_DIM, TEXT_LENS, _batch, _wake
+
+from sorahpc import ops
+from sorahpc.config import ModelConfig
+from sorahpc.distributed import megatron
+from sorahpc.models.attention import pack_attention
+from sorahpc.models.dit import DiT
+
+
+@pytest.fixture(scope="module")
+def mesh() -> Iterator[Any]:
+    yield megatron.start()
+    megatron.stop()
+
+
+def _model(mesh: Any, model: ModelConfig = MODEL, *, wake: bool = True) -> DiT:
+    dit = DiT(model, mesh, channels=CHANNELS, text_dim=TEXT_DIM, dtype=torch.float32)
+    if wake:
+        _wake(dit)
+    return dit
+
+
+@pytest.mark.parametrize("position", ["rope3d", "sincos3d"])
+def test_a_sample_does_not_feel_its_neighbours_in_the_pack(mesh: Any, position: str) -> None:
+    model = ModelConfig(depth=2, dim=96, num_heads=4, position=position)
+    dit, batch = _model(mesh, model), _batch(0)
+    whole = dit(**batch)
+    token, word = 0, 0
+    for i, (grid, words) in enumerate(zip(GRIDS, TEXT_LENS, strict=True)):
+        count = grid[0] * grid[1] * grid[2]
+        alone = dit(
+            batch["tokens"][token : token + count],
+            batch["t"][i : i + 1],
+            batch["grids"][i : i + 1],
+            batch["text"][word : word + words],
+            [words],
+        )
+        torch.testing.assert_close(alone, whole[token : token + count], atol=2e-5, rtol=1e-4)
+        token, word = token + count, word + words
+
+
+def test_output_depends_on_time_text_and_place(mesh: Any) -> None:
+    dit, batch = _model(mesh), _batch(0)
+    out = dit(**batch)
+    assert not torch.allclose(dit(**{**batch, "t": batch["t"] * 0.5}), out, atol=1e-3)
+    assert not torch.allclose(dit(**{**batch, "text": batch["text"].flip(0)}), out, atol=1e-3)
+    swapped = batch["grids"][:, [0, 2, 1]]
+    assert not torch.allclose(dit(**{**batch, "grids": swapped}), out, atol=1e-4)
+
+
+def test_untrained_model_predicts_zero_so_the_first_loss_is_one_plus_the_variance(mesh: Any) -> None:
+    dit = _model(mesh, wake=False)
+    g = torch.Generator().manual_seed(0)
+    grids = torch.tensor([[4, 16, 16]])
+    x0 = 0.7 * torch.randn(1024, CHANNELS * 4, generator=g)
+    eps = torch.randn(x0.shape, generator=g)
+    out = dit(0.5 * x0 + 0.5 * eps, torch.tensor([0.5]), grids, torch.randn(3, TEXT_DIM, generator=g), [3])
+    assert torch.equal(out, torch.zeros_like(out))
+    assert float(F.mse_loss(out, eps - x0)) == pytest.approx(1 + 0.7**2, rel=0.03)
+
+
+def test_weights_are_those_of_the_seed(mesh: Any) -> None:
+    def weights(seed: int) -> torch.Tensor:
+        dit = DiT(MODEL, mesh, channels=CHANNELS, text_dim=TEXT_DIM, dtype=torch.float32, seed=seed)
+        return torch.cat([p.flatten() for p in dit.parameters()])
+
+    state = torch.get_rng_state()
+    assert torch.equal(weights(1), weights(1))
+    assert not torch.equal(weights(1), weights(2))
+    assert torch.equal(torch.get_rng_state(), state), "building a model must not disturb the global generator"
+
+
+def test_lengths_that_do_not_fit_are_one_error_with_the_numbers(mesh: Any) -> None:
+    dit, batch = _model(mesh), _batch(0)
+    with pytest.raises(ValueError, match="102 tokens, grids of 103"):
+        dit(**{**batch, "tokens": batch["tokens"][1:]})
+    with pytest.raises(ValueError, match="5 timesteps, 6 grids, 6 texts"):
+        dit(**{**batch, "t": batch["t"][1:]})
+
+
+def test_pack_attention_is_dense_attention_with_a_block_mask() -> None:
+    g = torch.Generator().manual_seed(0)
+    q_lens, k_lens = [3, 3, 1, 5], [2, 2, 4, 1]
+    q = torch.randn(sum(q_lens), 2, 8, generator=g)
+    k, v = (torch.randn(sum(k_lens), 2, 8, generator=g) for _ in range(2))
+    rows = torch.repeat_interleave(torch.arange(4), torch.tensor(q_lens))
+    columns = torch.repeat_interleave(torch.arange(4), torch.tensor(k_lens))
+    mask = rows[:, None] == columns[None]
+    dense = F.scaled_dot_product_attention(*(x.transpose(0, 1) for x in (q, k, v)), attn_mask=mask).transpose(0, 1)
+    torch.testing.assert_close(pack_attention(q, k, v, q_lens, k_lens), dense)
+
+
+def test_rope_scores_depend_on_relative_position_along_each_axis() -> None:
+    grid, axes = torch.tensor([[3, 4, 5]]), (4, 8, 4)
+    g = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(1, 1, 16, generator=g).expand(60, 1, 16) for _ in range(2))
+    q, k = ops.rope3d(q, k, grid, axes)
+    scores = (q[:, 0] @ k[:, 0].T).view(3, 4, 5, 3, 4, 5)
+    torch.testing.assert_close(scores[0, 0, 0, 1, 2, 3], scores[1, 1, 1, 2, 3, 4])
+    assert not torch.allclose(scores[0, 0, 0, 1, 0, 0], scores[0, 0, 0, 0, 1, 0])
+    torch.testing.assert_close(q.norm(dim=-1), torch.full((60, 1), float(q[0].norm())))
+
+
+def test_rope_far_positions_keep_accuracy() -> None:
+    grid, axes = torch.tensor([[4001, 1, 1]]), (8, 0, 0)
+    x = torch.ones(4001, 1, 8)
+    out = ops.rope3d(x, x, grid, axes)[0][4000, 0].double()
+    angles = 4000 * 1e4 ** -(torch.arange(0, 8, 2, dtype=torch.float64) / 8)
+    expected = torch.stack((angles.cos() - angles.sin(), angles.cos() + angles.sin()), -1).flatten()
+    torch.testing.assert_close(out, expected, atol=1e-6, rtol=0)
+
+
+def test_sincos_and_timestep_embeddings_match_their_formulas() -> None:
+    table = ops.sincos3d(torch.tensor([[2, 1, 3]]), 12)
+    assert table.shape == (6, 12)
+    last = table[-1].double()  # token (1, 0, 2)
+    f = torch.tensor([1.0, 1e-2], dtype=torch.float64)
+    expected = torch.cat([torch.cat(((p * f).sin(), (p * f).cos())) for p in (1, 0, 2)])
+    torch.testing.assert_close(last, expected, atol=1e-6, rtol=0)
+    emb = ops.timestep_embedding(torch.tensor([0.0, 0.25]), 8)
+    assert torch.equal(emb[0], torch.tensor([1.0] * 4 + [0.0] * 4))
+    torch.testing.assert_close(emb[1, 0], torch.tensor(250.0).cos())
