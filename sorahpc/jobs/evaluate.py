@@ -1,0 +1,154 @@
+"""evaluate: figures and clips for the report, from what a run has made.
+
+    reconstructions/reconstructions.json   real clips beside their cached latents decoded, with PSNR
+    samples/judgements.json                what each sample shows of what its prompt asked (toy world only)
+
+The reconstructions are what the model can show at best: the latents are those that it was trained on, storage dtype
+included. The judge looks at the pixels of the written mp4 files, as a viewer would.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sorahpc.config import Config
+from sorahpc.data.cache import LatentCache
+from sorahpc.data.decode import decode, plan_clip
+from sorahpc.data.manifest import read_manifest
+from sorahpc.data.mp4 import read_mp4, write_mp4
+from sorahpc.errors import DataError, Stopped
+from sorahpc.metrics.physics import judge
+from sorahpc.models.vae import Vae, load_vae
+from sorahpc.runs import Task, read_json, write_json
+
+log = logging.getLogger(__name__)
+
+
+def run(config: Config, task: Task) -> None:
+    """Judge the samples where `evaluate.toyworld` says so, and decode `evaluate.reconstructions` cached clips."""
+    config.need("vae")
+    samples = _sample_files(config) if config.evaluate.toyworld else []
+    total = len(samples) + config.evaluate.reconstructions
+    done = 0
+
+    def advance() -> None:
+        nonlocal done
+        done += 1
+        task.report(done, total, "clip")
+        if task.stop_requested():
+            raise Stopped(f"evaluate: stopped on request after {done} of {total} clips")
+
+    task.report(0, total, "clip")
+    if samples:
+        rows = []
+        for mp4, prompt in samples:
+            rows.append(judge_file(mp4, prompt))
+            advance()
+        write_json(config.samples_dir / "judgements.json", {"format": 1, "samples": rows})
+        log.info("judged %d samples: %s", len(rows), _counts(rows))
+    if config.evaluate.reconstructions:
+        reconstruct(config, advance)
+
+
+def _sample_files(config: Config) -> list[tuple[Path, str]]:
+    """(mp4, prompt) of the samples of the current prompts file that exist."""
+    path = config.samples_dir / "prompts.json"
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))["samples"]
+    except FileNotFoundError:
+        raise DataError(f"{path}: no samples to judge; run `sorahpc sample` first") from None
+    files = [(config.samples_dir / f"{entry['name']}.mp4", entry["prompt"]) for entry in entries]
+    missing = [mp4 for mp4, _ in files if not mp4.is_file()]
+    if missing:
+        log.warning("%d of %d samples are not made yet, such as %s", len(missing), len(files), missing[0].name)
+    return [(mp4, prompt) for mp4, prompt in files if mp4.is_file()]
+
+
+def judge_file(mp4: Path, prompt: str) -> dict[str, Any]:
+    """What a sample shows of its prompt, as plain data: for each aspect `ok`, and what was asked and found.
+
+    Raises:
+        DataError: the prompt is not a caption of the toy world, or the file can't be decoded.
+    """
+    from sorahpc.data.toyworld import parse_caption
+
+    try:
+        asked = parse_caption(prompt)
+    except ValueError as error:
+        raise DataError(f"{mp4}: {error}; set evaluate.toyworld: false for prompts of other worlds") from None
+    verdict = judge(read_mp4(mp4), prompt)
+    row: dict[str, Any] = {"name": mp4.stem, "prompt": prompt, "visible": {"ok": bool(verdict.visible)}}
+    for aspect in ("colour", "shape", "direction"):
+        ok, found = bool(getattr(verdict, f"{aspect}_ok")), getattr(verdict, aspect)
+        row[aspect] = {"ok": ok, "asked": asked[aspect], "found": found}
+    return row
+
+
+def _counts(rows: list[dict[str, Any]]) -> str:
+    return ", ".join(f"{a} {sum(r[a]['ok'] for r in rows)}" for a in ("visible", "colour", "shape", "direction"))
+
+
+def reconstruct(config: Config, advance: Any) -> None:
+    """Decode cached latents spread over the cache, and write them beside the real clips with their PSNR."""
+    assert config.vae is not None
+    folder = config.run_dir / "reconstructions"
+    cache = LatentCache(config.cache_dir)
+    count = min(config.evaluate.reconstructions, len(cache))
+    chosen = [i * len(cache) // count for i in range(count)]
+    wanted = {"vae": cache.info["vae"], "keys": [cache.keys[i] for i in chosen]}
+    before = read_json(folder / "reconstructions.json") or {}
+    if all(before.get(field) == value for field, value in wanted.items()):
+        for _ in chosen:
+            advance()
+        return
+    vae = load_vae(config.vae.path, config.vae.dtype)
+    for field in ("id", "weights_sha256"):
+        if getattr(vae, field) != cache.info["vae"][field]:
+            raise DataError(
+                f"vae.path: {config.vae.path} has {field} {getattr(vae, field)}, but the cache {config.cache_dir} was "
+                f"made with {cache.info['vae'][field]}; use that VAE"
+            )
+    videos = {video.key: video for video in read_manifest(config.run_dir / "manifest.parquet")}
+    clips = []
+    for i in chosen:
+        clips.append(_pair(config, cache, i, vae, videos, folder))
+        advance()
+    write_json(folder / "reconstructions.json", {"format": 1, **wanted, "clips": clips})
+    log.info("mean PSNR of %d reconstructions: %.1f dB", count, np.mean([c["psnr_db"] for c in clips]))
+
+
+def _pair(config: Config, cache: LatentCache, i: int, vae: Vae, videos: dict[str, Any], folder: Path) -> dict[str, Any]:
+    key = cache.keys[i]
+    if key not in videos:
+        where = config.run_dir / "manifest.parquet"
+        raise DataError(f"{where}: no video {key}, which the cache holds; run `sorahpc prepare`")
+    latent, _ = cache.read(i)
+    again = vae.decode(latent)
+    plan = plan_clip(videos[key], config.clip, stride=vae.stride, patch_hw=(1, 1), floor_frames=vae.floor_frames)
+    real = decode(videos[key].path, plan)
+    if real.shape != again.shape:
+        raise DataError(
+            f"{key}: the cached latent decodes to {list(again.shape)}, the video to {list(real.shape)}; the cache was "
+            "made with another section `clip`"
+        )
+    write_mp4(folder / f"{key}.real.mp4", real, config.clip.fps)
+    write_mp4(folder / f"{key}.vae.mp4", again, config.clip.fps)
+    return {
+        "key": key,
+        "caption": cache.captions[i],
+        "real": f"{key}.real.mp4",
+        "reconstruction": f"{key}.vae.mp4",
+        "psnr_db": psnr_db(real, again),
+    }
+
+
+def psnr_db(a: np.ndarray, b: np.ndarray) -> float:
+    """Peak signal-to-noise ratio of uint8 clips in dB, from the mean squared error over all values; 99 if equal."""
+    error = float(np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2))
+    return 99.0 if error == 0 else min(99.0, 10 * math.log10(255**2 / error))
