@@ -3,10 +3,10 @@
 Colour is converted by BT.709, limited range, and the file says so; a reader that honours the flags gets the same
 colours back.
 
-The same frames give the same bytes on every run with the same libraries, whatever ran before in the process. That takes
-one encoder thread and two detours around reads of uninitialised memory, seen on clips 48 px wide with PyAV 18.1: our own
-conversion to yuv420p instead of swscale 9.5, and no macroblock tree in x264 (13 of 291 clips differed between two runs
-with it, none of 800 without).
+The same frames give the same bytes on every run with the same libraries, whatever ran before in the process. That
+takes one encoder thread and two detours around reads of uninitialised memory, seen on clips 48 px wide with PyAV 18.1:
+our own conversion to yuv420p instead of swscale 9.5, and no macroblock tree in x264 (13 of 291 clips differed between
+two runs with it, none of 786 without).
 """
 
 from __future__ import annotations
