@@ -30,7 +30,10 @@ _reference_wanted = 0
 def _load() -> dict[str, str] | None:
     """Load the compiled ops. Schemas they were written for, by name; None where they are not built."""
     if not LIBRARY.is_file():
-        log.warning("sorahpc._ops is not built, slower Python references serve; make build, or install again with a C++ compiler")
+        log.warning(
+            "sorahpc._ops is not built, the slower Python references serve; "
+            "to have it: make build, or install again where there is a C++ compiler"
+        )
         return None
     try:
         torch.ops.load_library(LIBRARY)
