@@ -10,6 +10,7 @@
                           code/ env.txt what ran: commit, diff, installed packages
                           log/rank*.log
                           status/<task>.json   state, step, rate, eta, heartbeat; one writer each
+                          lease/<task>.json    who works on it now; a second writer is refused
 
 An array job has a status file a task; a gang (train) has one, written by rank 0. No torch here: status and logs run on
 a login node.
@@ -64,6 +65,39 @@ def write_json(path: Path, value: Any, *, durable: bool = True) -> None:
     atomic_write(path, json.dumps(value, indent=1, allow_nan=False) + "\n", durable=durable)
 
 
+def read_json(path: Path) -> dict[str, Any] | None:
+    """A JSON mapping, or None where there is none (missing, unreadable, not JSON): for files that others rewrite."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def summarize(statuses: list[dict[str, Any]]) -> dict[str, Any]:
+    """One line of progress from the status files of a job: sums of done, total and rate; the metrics of the first task.
+
+    Returns:
+        done, total (None before the first report), unit, rate (units/s or None), eta_s (or None), metrics,
+        heartbeat (newest, seconds since the epoch, or None), hosts.
+    """
+    told = [s for s in statuses if isinstance(s.get("total"), (int, float))]
+    done = sum(s["done"] for s in told) if told else None
+    total = sum(s["total"] for s in told) if told else None
+    rates = [s["rate"] for s in told if s.get("state") == "running" and s.get("rate")]
+    rate = sum(rates) if rates else None
+    return {
+        "done": done,
+        "total": total,
+        "unit": told[0].get("unit", "") if told else "",
+        "rate": rate,
+        "eta_s": (total - done) / rate if rate and total is not None and done is not None else None,
+        "metrics": told[0].get("metrics") or {} if told else {},
+        "heartbeat": max((s.get("heartbeat") or 0.0 for s in statuses), default=None),
+        "hosts": sorted({str(s["host"]) for s in statuses if s.get("host")}),
+    }
+
+
 @dataclass(frozen=True)
 class JobFolder:
     """Paths of one job of a run."""
@@ -97,6 +131,17 @@ class JobFolder:
     def status(self, task: int) -> Path:
         return self.path / "status" / f"{task}.json"
 
+    def lease(self, name: int | str) -> Path:
+        """Lease of a task, or of the launcher (``"launch"``)."""
+        return self.path / "lease" / f"{name}.json"
+
+    def restarts(self, task: int) -> Path:
+        return self.path / "restarts" / f"{task}.json"
+
+    def statuses(self) -> list[dict[str, Any]]:
+        """What the tasks last told, by task. A file that vanishes or isn't ours is left out: this is a display."""
+        return [s for s in map(read_json, sorted((self.path / "status").glob("[0-9]*.json"))) if s is not None]
+
 
 def _never() -> bool:
     return False
@@ -116,10 +161,12 @@ class Task:
     world_size: int = 1
     local_rank: int = 0
     restart: int = 0  # how often the scheduler has requeued this task
+    writes: bool = True  # a gang's ranks above 0 report nothing
     stop_requested: Callable[[], bool] = _never  # a signal asked for an orderly stop; look at it between steps
     _status: dict[str, Any] = field(default_factory=dict)
     _written: float = -1e9
     _rates: list[tuple[float, float]] = field(default_factory=list)
+    _lock: threading.RLock = field(default_factory=threading.RLock)  # the heartbeat thread writes too
 
     @property
     def folder(self) -> JobFolder:
@@ -132,6 +179,10 @@ class Task:
             done, total: items finished and in all, in `unit` (``"step"``, ``"clip"``, ``"video"``).
             metrics: what else a person wants to see in the status line (``loss=0.41``).
         """
+        with self._lock:
+            self._report(done, total, unit, metrics)
+
+    def _report(self, done: float, total: float, unit: str, metrics: dict[str, float | str]) -> None:
         now = time.monotonic()
         if not self._rates or now - self._rates[-1][0] > 1.0:
             self._rates = [*self._rates[-30:], (now, done)]
@@ -145,17 +196,20 @@ class Task:
 
     def write_status(self, state: str, **extra: Any) -> None:
         """Rewrite this task's status file: state is running, done, stopped or failed."""
-        self._written = time.monotonic()
-        self._status.update(extra)
-        status = {
-            "job": self.job,
-            "task": self.rank,
-            "tasks": self.world_size,
-            "state": state,
-            **self._status,
-            "restart": self.restart,
-            "heartbeat": time.time(),
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-        }
-        write_json(self.folder.status(self.rank), status, durable=state != "running")
+        if not self.writes:
+            return
+        with self._lock:
+            self._written = time.monotonic()
+            self._status.update(extra)
+            status = {
+                "job": self.job,
+                "task": self.rank,
+                "tasks": self.world_size,
+                "state": state,
+                **self._status,
+                "restart": self.restart,
+                "heartbeat": time.time(),
+                "host": socket.gethostname(),
+                "pid": os.getpid(),
+            }
+            write_json(self.folder.status(self.rank), status, durable=state != "running")

@@ -1,0 +1,323 @@
+"""The command line. Heavy modules are imported by the verb that needs them: --help and status start at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sorahpc.errors import ConfigError, SetupError, SoraHPCError
+
+if TYPE_CHECKING:
+    from sorahpc.config import Config
+
+app = typer.Typer(
+    name="sorahpc",
+    help="Train and sample video diffusion transformers, on one machine or on a Slurm cluster.",
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,  # rich costs 0.1 s of every start
+    pretty_exceptions_enable=False,
+)
+config_app = typer.Typer(help="Look at a config.", no_args_is_help=True, rich_markup_mode=None)
+data_app = typer.Typer(help="Make data.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(config_app, name="config")
+app.add_typer(data_app, name="data")
+
+ConfigArg = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file, or the name of a shipped one.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides of dotted keys.")]
+ClusterOpt = Annotated[
+    str | None, typer.Option("--cluster", help="Where to run: local, slurm, or a YAML file of your site.")
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the exact script; start and write nothing.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Wait = Annotated[bool, typer.Option("--wait", help="On Slurm: stay until the job has ended.")]
+RunArg = Annotated[str, typer.Argument(metavar="RUN", help="Name of a run under runs/, or the path of its folder.")]
+JobArg = Annotated[str | None, typer.Argument(metavar="[JOB]", help="One job of the run, such as train.")]
+
+
+def _say(value: Any, text: str, as_json: bool) -> None:
+    print(json.dumps(value, indent=1) if as_json else text)
+
+
+def _launch(job_name: str, config: str, overrides: list[str], cluster: str | None, **how: bool) -> int:
+    from sorahpc.cluster.launch import describe_job, launch, plan, wait_for_slurm
+    from sorahpc.config import load_config
+
+    job = describe_job(job_name)
+    loaded = load_config(config, overrides, cluster)
+    loaded.need(*job.sections)
+    if how["dry_run"]:
+        planned = plan(loaded, job)
+        _say(planned, planned["script"].rstrip("\n"), how["as_json"])
+        return 0
+    code, job_id = launch(loaded, job)
+    result: dict[str, Any] = {
+        "job": job.name,
+        "kind": loaded.cluster.kind,
+        "run_dir": str(loaded.run_dir.absolute()),
+        "job_id": job_id,
+    }
+    if job_id is not None and how["wait"]:
+        code = wait_for_slurm(loaded, job, job_id, progress=True)
+    finished = job_id is None or how["wait"]
+    result["exit_code"] = code if finished else None
+    text = f"{job.name}: {'done' if code == 0 else f'ended with exit code {code}'}; run folder {loaded.run_dir}"
+    if not finished:
+        text = f"{job.name}: submitted as Slurm job {job_id}; see `sorahpc status {loaded.run_dir}`"
+    if code == 0 or how["as_json"]:
+        _say(result, text, how["as_json"])
+    return code
+
+
+@app.command()
+def prepare(
+    config: ConfigArg, overrides: Overrides = None, cluster: ClusterOpt = None, dry_run: DryRun = False,
+    as_json: AsJson = False, wait: Wait = False,
+) -> int:  # fmt: skip
+    """Folder of videos -> manifest."""
+    return _launch("prepare", config, overrides or [], cluster, dry_run=dry_run, as_json=as_json, wait=wait)
+
+
+@app.command()
+def encode(
+    config: ConfigArg, overrides: Overrides = None, cluster: ClusterOpt = None, dry_run: DryRun = False,
+    as_json: AsJson = False, wait: Wait = False,
+) -> int:  # fmt: skip
+    """Manifest -> HDF5 latent cache."""
+    return _launch("encode", config, overrides or [], cluster, dry_run=dry_run, as_json=as_json, wait=wait)
+
+
+@app.command()
+def train(
+    config: ConfigArg, overrides: Overrides = None, cluster: ClusterOpt = None, dry_run: DryRun = False,
+    as_json: AsJson = False, wait: Wait = False,
+) -> int:  # fmt: skip
+    """Latent cache -> checkpoints."""
+    return _launch("train", config, overrides or [], cluster, dry_run=dry_run, as_json=as_json, wait=wait)
+
+
+@app.command()
+def sample(
+    config: ConfigArg, overrides: Overrides = None, cluster: ClusterOpt = None, dry_run: DryRun = False,
+    as_json: AsJson = False, wait: Wait = False,
+) -> int:  # fmt: skip
+    """Checkpoint and prompts -> mp4 files."""
+    return _launch("sample", config, overrides or [], cluster, dry_run=dry_run, as_json=as_json, wait=wait)
+
+
+@app.command("train-vae")
+def train_vae(
+    config: ConfigArg, overrides: Overrides = None, cluster: ClusterOpt = None, dry_run: DryRun = False,
+    as_json: AsJson = False, wait: Wait = False,
+) -> int:  # fmt: skip
+    """Manifest -> a small autoencoder of your own."""
+    return _launch("train-vae", config, overrides or [], cluster, dry_run=dry_run, as_json=as_json, wait=wait)
+
+
+@app.command()
+def pipeline(
+    config: ConfigArg, overrides: Overrides = None, cluster: ClusterOpt = None, dry_run: DryRun = False,
+    as_json: AsJson = False, wait: Wait = False,
+) -> int:  # fmt: skip
+    """prepare, encode, train and sample, each after the other; again: only what is missing."""
+    from sorahpc.config import load_config
+
+    loaded = load_config(config, overrides or [], cluster)
+    if dry_run:
+        return _pipeline_plan(loaded, as_json)
+    if loaded.cluster.kind == "slurm":
+        return _pipeline_slurm(loaded, as_json, wait)
+    return _pipeline_here(loaded, as_json)
+
+
+def _pipeline_plan(config: Config, as_json: bool) -> int:
+    from sorahpc.cluster.launch import pipeline_jobs, plan
+
+    plans, after = [], list[str]()
+    for job in pipeline_jobs(config):
+        plans.append(plan(config, job, after))
+        after = [f"{job.name.upper()}_JOB_ID"]  # known only once it is submitted
+    _say(plans, "\n".join(p["script"] for p in plans).rstrip("\n"), as_json)
+    return 0
+
+
+def _pipeline_here(config: Config, as_json: bool) -> int:
+    from sorahpc.cluster.launch import launch, pipeline_jobs
+
+    results: list[dict[str, Any]] = []
+    for job in pipeline_jobs(config):
+        code, _ = launch(config, job)
+        results.append({"job": job.name, "exit_code": code})
+        if code:
+            break
+    code = results[-1]["exit_code"]
+    if as_json:
+        _say({"run_dir": str(config.run_dir.absolute()), "jobs": results, "exit_code": code}, "", True)
+    elif code == 0:
+        print(f"pipeline: done; run folder {config.run_dir}")
+    return int(code)
+
+
+def _pipeline_slurm(config: Config, as_json: bool, wait: bool) -> int:
+    from sorahpc.cluster.launch import launch, pipeline_jobs, queued, wait_for_slurm
+
+    results: list[dict[str, Any]] = []
+    jobs, after = pipeline_jobs(config), list[str]()
+    for job in jobs:
+        # What an earlier pipeline has in the queue stays there, and what comes after it waits for it.
+        job_id = queued(config, job)
+        results.append({"job": job.name, "already_queued": job_id is not None})
+        if job_id is None:
+            _, job_id = launch(config, job, after=after)
+            assert job_id is not None
+        results[-1]["job_id"] = job_id
+        after = [job_id]
+        if not as_json:
+            print(f"{job.name}: {'already in the queue' if results[-1]['already_queued'] else 'submitted'} as {job_id}")
+    code = 0
+    if wait:
+        for job, result in zip(jobs, results, strict=True):
+            code = result["exit_code"] = wait_for_slurm(config, job, result["job_id"], progress=not as_json)
+            if code:
+                break
+    value = {"run_dir": str(config.run_dir.absolute()), "jobs": results, "exit_code": code if wait else None}
+    _say(value, f"see `sorahpc status {config.run_dir}`", as_json)
+    return code
+
+
+@app.command()
+def status(run: RunArg, as_json: AsJson = False) -> int:
+    """How far the jobs of a run are."""
+    from sorahpc.cluster.status import find_run, run_status, status_table
+
+    value = run_status(find_run(run))
+    _say(value, status_table(value), as_json)
+    return 0
+
+
+@app.command()
+def logs(
+    run: RunArg,
+    job: JobArg = None,
+    rank: Annotated[int, typer.Option("--rank", min=0, help="Rank of a gang, or task of an array.")] = 0,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job ends.")] = False,
+    as_json: AsJson = False,
+) -> int:
+    """The log of a job, by default of the one that was launched last."""
+    from sorahpc.cluster.status import find_jobs, find_run, log_lines, write_text
+
+    folder = find_jobs(find_run(run), job)[-1:]
+    if not folder:
+        raise ConfigError(f"{run}: no job was launched yet")
+    if as_json:
+        if follow:
+            raise ConfigError("--json: has no meaning with --follow")
+        lines = "".join(log_lines(folder[0], rank, False)).splitlines()
+        _say({"job": folder[0].job, "rank": rank, "path": str(folder[0].log(rank)), "lines": lines}, "", True)
+    else:
+        write_text(log_lines(folder[0], rank, follow))
+    return 0
+
+
+@app.command()
+def cancel(run: RunArg, job: JobArg = None, as_json: AsJson = False) -> int:
+    """End the jobs of a run (or one), here or on Slurm. They save their progress where they can."""
+    from sorahpc.cluster.status import cancel_job, find_jobs, find_run
+
+    folders = find_jobs(find_run(run), job)
+    said = {folder.job: cancel_job(folder) for folder in reversed(folders)}  # the last first: it waits for the others
+    _say(said, "\n".join(said.values()), as_json)
+    return 0
+
+
+@config_app.command("show")
+def config_show(
+    config: ConfigArg, overrides: Overrides = None, cluster: ClusterOpt = None, as_json: AsJson = False
+) -> int:
+    """The resolved config, with all defaults."""
+    from sorahpc.config import dump_config, load_config
+
+    loaded = load_config(config, overrides or [], cluster)
+    _say(loaded.model_dump(mode="json"), dump_config(loaded).rstrip("\n"), as_json)
+    return 0
+
+
+@config_app.command("schema")
+def config_schema() -> int:
+    """JSON schema of a config file, for editors."""
+    from sorahpc.config import json_schema
+
+    _say(json_schema(), "", True)
+    return 0
+
+
+@config_app.command("check")
+def config_check(
+    config: ConfigArg, overrides: Overrides = None, cluster: ClusterOpt = None, as_json: AsJson = False
+) -> int:
+    """Say what is wrong with a config, one line a fault."""
+    from sorahpc.config import load_config
+
+    loaded = load_config(config, overrides or [], cluster)
+    _say({"ok": True, "run": loaded.run}, f"{config}: ok", as_json)
+    return 0
+
+
+@data_app.command("toyworld")
+def data_toyworld(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write to.")],
+    clips: Annotated[int, typer.Option("--clips", min=1, help="Number of clips.")] = 64,
+    seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
+    as_json: AsJson = False,
+) -> int:
+    """Captioned mp4 files of simple scenes with known physics, the same for the same seed."""
+    from sorahpc.data.toyworld import write_world
+
+    write_world(out, clips, seed)
+    _say({"path": str(out.absolute()), "clips": clips, "seed": seed}, f"{out}: {clips} clips", as_json)
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point. Returns the exit code; every expected fault is one line on stderr, without a traceback."""
+    os.umask(0o077)
+    try:
+        code = typer.main.get_command(app).main(argv, prog_name="sorahpc", standalone_mode=False)
+        sys.stdout.flush()
+        return int(code or 0)
+    except SoraHPCError as error:
+        _complain(str(error))
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # `sorahpc logs x | head`; the signal itself would also end a job that is waited for
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except OSError as error:
+        _complain(f"{error}; is the file system there, writable and not full?")
+        return SetupError.exit_code
+    except Exception as error:
+        if type(error).__name__ == "Abort":  # click's Ctrl-C
+            return 130
+        if hasattr(error, "format_message"):  # click's UsageError and its kin
+            _complain(f"{error.format_message()}; see `sorahpc --help`")
+            return ConfigError.exit_code
+        if os.environ.get("SORAHPC_TRACEBACK"):
+            raise
+        text = " ".join(str(error).split())
+        _complain(f"bug in sorahpc: {type(error).__name__}: {text} (SORAHPC_TRACEBACK=1 shows where)")
+        return 1
+
+
+def _complain(message: str) -> None:
+    for line in message.splitlines() or [""]:
+        print(f"sorahpc: {line}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

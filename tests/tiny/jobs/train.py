@@ -1,0 +1,5 @@
+from sorahpc.jobs.tiny import gang
+
+
+def run(config, task):
+    gang(config, task)
