@@ -110,6 +110,15 @@ def sample(
     return _launch("sample", config, overrides or [], cluster, dry_run=dry_run, as_json=as_json, wait=wait)
 
 
+@app.command()
+def evaluate(
+    config: ConfigArg, overrides: Overrides = None, cluster: ClusterOpt = None, dry_run: DryRun = False,
+    as_json: AsJson = False, wait: Wait = False,
+) -> int:  # fmt: skip
+    """Samples and VAE -> figures and clips for the report."""
+    return _launch("evaluate", config, overrides or [], cluster, dry_run=dry_run, as_json=as_json, wait=wait)
+
+
 @app.command("train-vae")
 def train_vae(
     config: ConfigArg, overrides: Overrides = None, cluster: ClusterOpt = None, dry_run: DryRun = False,
@@ -188,6 +197,25 @@ def _pipeline_slurm(config: Config, as_json: bool, wait: bool) -> int:
     value = {"run_dir": str(config.run_dir.absolute()), "jobs": results, "exit_code": code if wait else None}
     _say(value, f"see `sorahpc status {config.run_dir}`", as_json)
     return code
+
+
+@app.command()
+def demo(overrides: Overrides = None, cluster: ClusterOpt = None) -> int:
+    """The whole pipeline on the toy world, and its report; again: only what is missing."""
+    from sorahpc.demo import main as run_demo
+
+    return run_demo("demo", overrides or [], cluster)
+
+
+@app.command()
+def report(run: RunArg, as_json: AsJson = False) -> int:
+    """One self-contained HTML page of a run: its clips, charts and figures."""
+    from sorahpc.cluster.status import find_run
+    from sorahpc.report import write_report
+
+    path = write_report(find_run(run))
+    _say({"path": str(path.absolute())}, f"report: {path.absolute()}", as_json)
+    return 0
 
 
 @app.command()
@@ -280,6 +308,31 @@ def data_toyworld(
 
     write_world(out, clips, seed)
     _say({"path": str(out.absolute()), "clips": clips, "seed": seed}, f"{out}: {clips} clips", as_json)
+    return 0
+
+
+@data_app.command("tiny-t5")
+def data_tiny_t5(
+    config: ConfigArg,
+    overrides: Overrides = None,
+    dim: Annotated[int, typer.Option("--dim", min=8, help="Size of its embeddings.")] = 64,
+    seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
+    as_json: AsJson = False,
+) -> int:
+    """A tiny T5 with random weights at text.path, for a try-out without a real one; its words are the manifest's."""
+    from sorahpc.config import load_config
+    from sorahpc.data.manifest import MANIFEST, read_manifest
+    from sorahpc.models.text import make_tiny_t5
+
+    loaded = load_config(config, overrides or [])
+    loaded.need("text")
+    assert loaded.text is not None
+    out = loaded.text.path
+    if (out / "config.json").exists():
+        raise ConfigError(f"text.path: {out} holds a text encoder already; choose another folder")
+    captions = [video.caption for video in read_manifest(loaded.run_dir / MANIFEST) if video.ok]
+    make_tiny_t5(out, captions, dim, seed)
+    _say({"path": str(out.absolute()), "captions": len(captions)}, f"{out}: from {len(captions)} captions", as_json)
     return 0
 
 

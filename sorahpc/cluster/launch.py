@@ -47,6 +47,7 @@ JOBS = {
         Job("encode", "array", ("vae", "text"), "Manifest -> HDF5 latent cache."),
         Job("train", "gang", ("model", "train"), "Latent cache -> checkpoints."),
         Job("sample", "array", ("vae", "text", "sample"), "Checkpoint and prompts -> mp4 files."),
+        Job("evaluate", "array", ("vae",), "Samples and VAE -> figures and clips for the report."),
         Job("train-vae", "array", ("train_vae",), "Manifest -> a small autoencoder of your own."),
     )
 }
