@@ -253,7 +253,7 @@ def _reconstructions(run: _Run) -> str:
         real, again = folder / Path(clip["real"]).name, folder / Path(clip["reconstruction"]).name
         lines.append(
             f'<figure><div class="pair"><div>{run.video(real, "real: " + clip["caption"])}<small>real</small></div>'
-            f'<div>{run.video(again, "reconstruction: " + clip["caption"])}<small>reconstruction</small></div></div>'
+            f"<div>{run.video(again, 'reconstruction: ' + clip['caption'])}<small>reconstruction</small></div></div>"
             f"<figcaption><bdi>{_text(_cut(clip['caption']))}</bdi><small>PSNR {float(clip['psnr_db']):.1f} dB</small>"
             "</figcaption></figure>"
         )

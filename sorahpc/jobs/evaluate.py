@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,9 @@ import numpy as np
 
 from sorahpc.config import Config
 from sorahpc.data.cache import LatentCache
-from sorahpc.data.decode import decode, plan_clip
-from sorahpc.data.manifest import read_manifest
-from sorahpc.data.mp4 import read_mp4, write_mp4
+from sorahpc.data.decode import ClipPlan, decode, plan_clip, probe
+from sorahpc.data.manifest import MANIFEST, Video, read_manifest
+from sorahpc.data.mp4 import write_mp4
 from sorahpc.errors import DataError, Stopped
 from sorahpc.metrics.physics import judge
 from sorahpc.models.vae import Vae, load_vae
@@ -82,7 +83,7 @@ def judge_file(mp4: Path, prompt: str) -> dict[str, Any]:
         asked = parse_caption(prompt)
     except ValueError as error:
         raise DataError(f"{mp4}: {error}; set evaluate.toyworld: false for prompts of other worlds") from None
-    verdict = judge(read_mp4(mp4), prompt)
+    verdict = judge(all_frames(mp4), prompt)
     row: dict[str, Any] = {"name": mp4.stem, "prompt": prompt, "visible": {"ok": bool(verdict.visible)}}
     for aspect in ("colour", "shape", "direction"):
         ok, found = bool(getattr(verdict, f"{aspect}_ok")), getattr(verdict, aspect)
@@ -90,11 +91,17 @@ def judge_file(mp4: Path, prompt: str) -> dict[str, Any]:
     return row
 
 
+def all_frames(mp4: Path) -> np.ndarray:
+    """Every frame of a video of constant rate, uint8 [T,H,W,3]."""
+    found = probe(mp4)
+    return decode(mp4, ClipPlan(tuple(i / found.fps for i in range(found.frames)), found.height, found.width))
+
+
 def _counts(rows: list[dict[str, Any]]) -> str:
     return ", ".join(f"{a} {sum(r[a]['ok'] for r in rows)}" for a in ("visible", "colour", "shape", "direction"))
 
 
-def reconstruct(config: Config, advance: Any) -> None:
+def reconstruct(config: Config, advance: Callable[[], None]) -> None:
     """Decode cached latents spread over the cache, and write them beside the real clips with their PSNR."""
     assert config.vae is not None
     folder = config.run_dir / "reconstructions"
@@ -114,7 +121,7 @@ def reconstruct(config: Config, advance: Any) -> None:
                 f"vae.path: {config.vae.path} has {field} {getattr(vae, field)}, but the cache {config.cache_dir} was "
                 f"made with {cache.info['vae'][field]}; use that VAE"
             )
-    videos = {video.key: video for video in read_manifest(config.run_dir / "manifest.parquet")}
+    videos = {video.key: video for video in read_manifest(config.run_dir / MANIFEST)}
     clips = []
     for i in chosen:
         clips.append(_pair(config, cache, i, vae, videos, folder))
@@ -123,14 +130,17 @@ def reconstruct(config: Config, advance: Any) -> None:
     log.info("mean PSNR of %d reconstructions: %.1f dB", count, np.mean([c["psnr_db"] for c in clips]))
 
 
-def _pair(config: Config, cache: LatentCache, i: int, vae: Vae, videos: dict[str, Any], folder: Path) -> dict[str, Any]:
+def _pair(
+    config: Config, cache: LatentCache, i: int, vae: Vae, videos: dict[str, Video], folder: Path
+) -> dict[str, Any]:
     key = cache.keys[i]
     if key not in videos:
-        where = config.run_dir / "manifest.parquet"
+        where = config.run_dir / MANIFEST
         raise DataError(f"{where}: no video {key}, which the cache holds; run `sorahpc prepare`")
     latent, _ = cache.read(i)
     again = vae.decode(latent)
-    plan = plan_clip(videos[key], config.clip, stride=vae.stride, patch_hw=(1, 1), floor_frames=vae.floor_frames)
+    patch_hw = config.model.patch[1:] if config.model else (1, 1)
+    plan = plan_clip(videos[key], config.clip, stride=vae.stride, patch_hw=patch_hw, floor_frames=vae.floor_frames)
     real = decode(videos[key].path, plan)
     if real.shape != again.shape:
         raise DataError(

@@ -134,9 +134,9 @@ def plan(config: Config, prompts: list[Prompt], checkpoint: Path) -> list[Item]:
         "text_dtype": config.text.dtype,
         "text_max_tokens": config.text.max_tokens,
     }
-    resolved = []
+    resolved: list[dict[str, Any]] = []
     for p in prompts:
-        own = {
+        own: dict[str, Any] = {
             "prompt": p.text,
             # A line with its own seed asks for that seed's noise wherever it stands in the file.
             "seed": s.seed if p.seed is None else p.seed,
@@ -342,7 +342,7 @@ def _write(
 
 
 def _versions() -> dict[str, str]:
-    out = {"torch": torch.__version__}
+    out = {"torch": str(torch.__version__)}
     for package in ("sorahpc", "megatron-core", "diffusers", "transformers", "av"):
         try:
             out[package] = version(package)
