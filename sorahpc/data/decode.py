@@ -132,7 +132,10 @@ def _opened(path: Path | str) -> Iterator[tuple[Any, Any]]:
                 )
             context.thread_count = 1
             context.options = {"max_pixels": str(MAX_PIXELS)}  # the stream's own headers may claim another size
-            yield container, stream
+            try:
+                yield container, stream
+            except OSError as error:  # of the file system; FFmpeg's own are caught where they arise
+                raise VideoError(path, f"can't read: {error.strerror}") from None
 
 
 def _why_not_opened(head: bytes, error: Exception) -> str:
