@@ -23,6 +23,7 @@ from sorahpc.data.cache import LatentCache
 from sorahpc.data.decode import ClipPlan, decode, plan_clip, probe
 from sorahpc.data.manifest import MANIFEST, Video, read_manifest
 from sorahpc.data.mp4 import write_mp4
+from sorahpc.data.toyworld import parse_caption
 from sorahpc.errors import DataError, Stopped
 from sorahpc.metrics.physics import judge
 from sorahpc.models.vae import Vae, load_vae
@@ -77,24 +78,24 @@ def judge_file(mp4: Path, prompt: str) -> dict[str, Any]:
     Raises:
         DataError: the prompt is not a caption of the toy world, or the file can't be decoded.
     """
-    from sorahpc.data.toyworld import parse_caption
-
     try:
         asked = parse_caption(prompt)
     except ValueError as error:
         raise DataError(f"{mp4}: {error}; set evaluate.toyworld: false for prompts of other worlds") from None
-    verdict = judge(all_frames(mp4), prompt)
+    frames, fps = all_frames(mp4)
+    verdict = judge(frames, prompt, fps)
     row: dict[str, Any] = {"name": mp4.stem, "prompt": prompt, "visible": {"ok": bool(verdict.visible)}}
-    for aspect in ("colour", "shape", "direction"):
+    for aspect in ("colour", "shape", "direction", "size", "speed"):
         ok, found = bool(getattr(verdict, f"{aspect}_ok")), getattr(verdict, aspect)
         row[aspect] = {"ok": ok, "asked": asked[aspect], "found": found}
     return row
 
 
-def all_frames(mp4: Path) -> np.ndarray:
-    """Every frame of a video of constant rate, uint8 [T,H,W,3]."""
+def all_frames(mp4: Path) -> tuple[np.ndarray, float]:
+    """Every frame of a video of constant rate, uint8 [T,H,W,3], and its frames a second."""
     found = probe(mp4)
-    return decode(mp4, ClipPlan(tuple(i / found.fps for i in range(found.frames)), found.height, found.width))
+    plan = ClipPlan(tuple(i / found.fps for i in range(found.frames)), found.height, found.width)
+    return decode(mp4, plan), found.fps
 
 
 def _counts(rows: list[dict[str, Any]]) -> str:
