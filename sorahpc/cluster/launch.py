@@ -156,7 +156,7 @@ def write_launch(folder: JobFolder, kind: str, **values: Any) -> None:
     write_json(folder.launch, {"kind": kind, "job": folder.job, "time": time.time(), "cwd": os.getcwd(), **values})
 
 
-def record(config: Config, job: Job, launch: str, restart: int) -> None:
+def record(config: Config, job: Job, launch: str, restart: int, tasks: int) -> None:
     """The job folder of a task that was not started by us but by ``sbatch slurm/<job>.sbatch`` or by hand."""
     if restart:
         return  # as written by its first life
@@ -169,9 +169,9 @@ def record(config: Config, job: Job, launch: str, restart: int) -> None:
     write_what_ran(config, job)
     make_spec(config, job).write(folder.spec)
     if launch.startswith("slurm:"):
-        write_launch(folder, "slurm", job_id=launch.removeprefix("slurm:"), tasks=num_tasks(config, job))
+        write_launch(folder, "slurm", job_id=launch.removeprefix("slurm:"), tasks=tasks)
     else:
-        write_launch(folder, "local", launcher=identity(), tasks=num_tasks(config, job))
+        write_launch(folder, "local", launcher=identity(), tasks=tasks)
 
 
 def plan(config: Config, job: Job, after: list[str] | None = None) -> dict[str, Any]:

@@ -101,7 +101,8 @@ def srun_errors(folder: JobFolder, job_id: str) -> list[str]:
 def job_status(folder: JobFolder, queue: dict[str, dict[str, Any]] | None) -> dict[str, Any]:
     """Everything that is known of one job, as plain data.
 
-    ``state``: pending, running, done, stopped (progress saved), failed, lost (ended without a word), cancelled.
+    ``state``: pending, running, done, stopped (progress saved), failed, lost (ended without a word), cancelled
+    (its message says whether progress was saved).
     """
     launch = read_json(folder.launch) or {}
     statuses = folder.statuses()
@@ -142,7 +143,7 @@ def job_status(folder: JobFolder, queue: dict[str, dict[str, Any]] | None) -> di
     bad = [s for s, told in zip(statuses, states, strict=True) if told == "failed"]
     bad.sort(key=lambda s: s.get("heartbeat") or 0.0)  # the first to fail is the cause
     message = str(launch.get("message") or next((str(s["message"]) for s in bad if s.get("message")), ""))
-    if not message and state == "stopped":
+    if not message and state in ("stopped", "cancelled"):
         message = next((str(s["message"]) for s in statuses if s.get("message")), "")
     if state == "lost":
         message = f"ended without a word (killed? node lost?); see `sorahpc logs {folder.run_dir} {folder.job}`"

@@ -10,6 +10,7 @@ exit code.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import logging
@@ -210,6 +211,12 @@ def check_progress(folder: JobFolder, task: int, restart: int) -> None:
         )
 
 
+def first_failure(folder: JobFolder, restart: int) -> dict[str, Any] | None:
+    """Status of the rank that failed first in this life of a gang, or None."""
+    failed = [s for s in folder.statuses() if s.get("state") == "failed" and s.get("restart") == restart]
+    return min(failed, key=lambda s: float(s["heartbeat"]), default=None)
+
+
 class Heartbeat:
     """Renews the lease and the status file in a thread, also while the job is deep in a long step."""
 
@@ -305,6 +312,12 @@ def execute(spec: Spec, config: Config, place: Place, stop: Callable[[], bool], 
         except Stopped as error:
             state, code, message = "stopped", error.exit_code, str(error)
             log.warning("stopped: %s", message)
+            # srun ends a gang with TERM when a rank fails, and gives the highest exit code: this rank's 10 would hide
+            # the cause, and have the job requeued for ever.
+            cause = first_failure(folder, place.restart) if spec.kind == "gang" else None
+            if cause is not None:
+                state, code, message = "failed", int(cause["exit_code"]), str(cause["message"])
+                log.error("was stopped because rank %s failed: %s", cause["task"], message)
         except SoraHPCError as error:
             state, code, message = "failed", error.exit_code, str(error)
             for line in message.splitlines():
@@ -339,14 +352,17 @@ def main(argv: list[str] | None = None) -> int:
     stop = StopFlag().install()  # first of all: by default USR2 kills
     argv = sys.argv[1:] if argv is None else argv
     os.umask(0o077)
+    told = ""
+    task: Task | None = None  # to tell of a failure before the job's own begins
     try:
         if parent := os.environ.pop("SORAHPC_PARENT", ""):
             die_with(int(parent))
         if len(argv) == 2 and argv[0] == "--spec":
             spec = Spec.read(Path(argv[1]))
+            place = Place.of(os.environ, spec.kind)
+            task = Task(Path(spec.config).parents[2], spec.job, place.rank, place.world_size, restart=place.restart)
             os.chdir(spec.cwd)
             config = load_config(spec.config)
-            place = Place.of(os.environ, spec.kind)
         elif len(argv) >= 2 and not argv[0].startswith("-"):
             from sorahpc.cluster.launch import describe_job, make_spec, record
 
@@ -356,7 +372,7 @@ def main(argv: list[str] | None = None) -> int:
             spec = make_spec(config, job)
             place = Place.of(os.environ, spec.kind)
             if place.rank == 0:
-                record(config, job, place.launch, place.restart)
+                record(config, job, place.launch, place.restart, place.world_size)
         else:
             raise ConfigError("usage: python -m sorahpc.cluster.worker --spec SPEC.json | JOB CONFIG [key=value ...]")
         wanted = resources(config, spec.job)
@@ -369,10 +385,15 @@ def main(argv: list[str] | None = None) -> int:
     except SoraHPCError as error:
         for line in str(error).splitlines():
             print(f"sorahpc: {line}", file=sys.stderr)
-        code = error.exit_code
+        code, told = error.exit_code, str(error)
     except OSError as error:
-        print(f"sorahpc: {error}; is the file system there, writable and not full?", file=sys.stderr)
+        told = f"{error}; is the file system there, writable and not full?"
+        print(f"sorahpc: {told}", file=sys.stderr)
         code = SetupError.exit_code
+    if told and task is not None and place.rank > 0:
+        # Not for rank 0: another launch may hold the job, and its status file.
+        with contextlib.suppress(OSError):  # that file system is perhaps the fault
+            task.write_status("failed", message=told, exit_code=code)
     ignore_stop_signals()
     return code
 

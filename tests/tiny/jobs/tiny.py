@@ -1,6 +1,6 @@
 """What the tiny jobs share. They count in files, and go wrong where TINY_FAULT says.
 
-TINY_FAULT=<kind>:<rank>:<item>[:<restart>] with kind raise, data, kill, exit, hang; TINY_ITEM_S: seconds an item.
+TINY_FAULT=<kind>:<rank>:<item>[:<restart>] with kind raise, data, stop, kill, exit, hang; TINY_ITEM_S: seconds an item.
 """
 
 import logging
@@ -25,6 +25,8 @@ def fault(task, item):
         raise RuntimeError("a bug\nof two lines")
     if kind == "data":
         raise DataError("clip 7: fault one\nclip 8: fault two")
+    if kind == "stop":
+        raise Stopped("asks to be requeued")
     if kind == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     if kind == "exit":
