@@ -159,9 +159,11 @@ class TrainVaeConfig(Section):
     steps: int = Field(ge=1, description="optimizer steps")
     batch_clips: int = Field(4, ge=1, description="clips a step, all of one size")
     window_frames: int | None = Field(None, ge=1, description="train on random windows of this many frames; None: whole clips")
-    lr: float = Field(2e-3, gt=0, description="peak; linear warm-up over 100 steps, then cosine decay to 1 % of it")
+    lr: float = Field(
+        0.03, gt=0, description="of Muon, at its peak: linear warm-up over 100 steps, then cosine decay to 1 % of it"
+    )
     l1_weight: float = Field(0.0, ge=0, description="weight of the mean absolute error beside the mean squared error")
-    kl_weight: float = Field(1e-5, ge=0, description="weight of KL(posterior || unit normal), mean per latent value")
+    kl_weight: float = Field(1e-4, ge=0, description="weight of KL(posterior || unit normal), mean per latent value")
     latent_noise: float = Field(
         0.1, gt=0, description="standard deviation of the posterior for classes that learn none (AutoencoderKLCosmos)"
     )

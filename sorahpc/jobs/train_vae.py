@@ -1,0 +1,272 @@
+"""Train a small video autoencoder on the clips of a manifest: ``sorahpc train-vae CONFIG``.
+
+One process. All clips are decoded once and kept in memory as uint8, so this is for toy worlds and small folders. Loss:
+squared error (+ absolute error) of the pixels in [-1, 1], and the KL of the posterior to a unit normal. Classes whose
+encoder gives no variance (AutoencoderKLCosmos) get a fixed one: noise of `latent_noise` is added to the latent, and
+the KL is then the square of the mean, so latents come out smooth, near unit scale, and tolerant of a sampler's errors.
+
+Matrices and convolutions are trained by Muon (momentum, then the nearest orthogonal matrix), biases and gains by Adam:
+on the toy world 800 steps of it reached 24.3 dB where Adam alone reached 21.6 dB, in the same time.
+
+State is saved every `save_every` steps (safetensors: no pickle) and a rerun goes on from it. The batch of a step is a
+pure function of (seed, step).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from sorahpc.config import ClipConfig, Config, TrainVaeConfig, config_hash
+from sorahpc.data.decode import decode, plan_clip
+from sorahpc.data.manifest import read_manifest
+from sorahpc.errors import DataError, NumericsError, Stopped
+from sorahpc.models.vae import Vae, build_vae, load_vae, save_vae
+from sorahpc.runs import Task, atomic_write, write_json
+
+log = logging.getLogger(__name__)
+
+WARMUP_STEPS = 100
+ADAM_SHARE = 0.1  # Adam's learning rate as a share of Muon's
+
+
+def run(config: Config, task: Task) -> None:
+    """Manifest -> `train_vae.out`, and `train_vae/result.json` in the run with the PSNR on the clips held out."""
+    config.need("train_vae")
+    spec = config.train_vae
+    assert spec is not None
+    if task.rank:
+        return
+    folder = config.run_dir / "train_vae"
+    torch.manual_seed(spec.seed)
+    vae = build_vae(spec.class_name, spec.arch)
+    held, clips = _load_clips(config, vae, spec, task)
+    trainer = Trainer(vae, clips, spec)
+    trainer.resume(folder / "state.safetensors")
+    while trainer.step < spec.steps:
+        if trainer.step % spec.save_every == 0 and trainer.step:
+            trainer.save(folder / "state.safetensors")
+        if task.stop_requested():
+            trainer.save(folder / "state.safetensors")
+            raise Stopped(f"train_vae: stopped at step {trainer.step} of {spec.steps}; the state is saved")
+        loss, mse = trainer.train_step()
+        task.report(trainer.step, spec.steps, "step", loss=round(loss, 5), psnr_db=round(_psnr(mse / 4), 2))
+        if trainer.step % 100 == 0:
+            log.info("step %d/%d: loss %.5f, PSNR of the batch %.2f dB", trainer.step, spec.steps, loss, _psnr(mse / 4))
+    trainer.save(folder / "state.safetensors")
+    save_vae(vae, trainer.ema, spec.out, getattr(torch, spec.weights_dtype))
+    result = measure(load_vae(spec.out), held)
+    write_json(folder / "result.json", result)
+    log.info("wrote %s: %s", spec.out, json.dumps(result))
+
+
+class Trainer:
+    """The training state: `step`, weights, Adam's moments, and the averaged weights `ema`."""
+
+    def __init__(self, vae: Vae, clips: list[np.ndarray], spec: TrainVaeConfig) -> None:
+        """
+        Args:
+            vae: from `build_vae`; trained in place.
+            clips: uint8 [T,H,W,3], of any lengths and sizes that the class takes.
+        """
+        self.vae, self.spec, self.step = vae, spec, 0
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        # Channels last: oneDNN then takes the convolutions at batch sizes where torch would fall back to a slow one.
+        vae.module.to(self.device, memory_format=torch.channels_last_3d).train()
+        parameters = list(vae.module.parameters())
+        matrices = [p for p in parameters if p.ndim >= 2 and p.shape[0] > 1 and p[0].numel() > 1]
+        others = [p for p in parameters if not (p.ndim >= 2 and p.shape[0] > 1 and p[0].numel() > 1)]
+        self.optimizers = {
+            "muon": Muon(matrices, lr=spec.lr),
+            "adam": torch.optim.Adam(others, lr=ADAM_SHARE * spec.lr, betas=(0.9, 0.99)),
+        }
+        self.ema = {k: v.detach().clone() for k, v in vae.module.state_dict().items()}
+        window = vae.floor_frames(spec.window_frames) if spec.window_frames else None
+        buckets: dict[tuple[int, ...], list[np.ndarray]] = {}
+        for clip in clips:
+            frames = len(clip) if window is None else min(window, len(clip))
+            buckets.setdefault((frames, *clip.shape[1:3]), []).append(clip)
+        self.buckets = [buckets[k] for k in sorted(buckets)]
+        self.frames = [k[0] for k in sorted(buckets)]
+
+    def _batch(self) -> torch.Tensor:
+        """[B,3,T,H,W] in [-1, 1]: a bucket by its share of the clips, then clips, windows and mirrorings at random."""
+        rng = np.random.default_rng([self.spec.seed, self.step])
+        sizes = np.array([len(b) for b in self.buckets], dtype=float)
+        k = int(rng.choice(len(sizes), p=sizes / sizes.sum()))
+        clips = []
+        for i in rng.integers(len(self.buckets[k]), size=self.spec.batch_clips):
+            clip = self.buckets[k][i]
+            start = int(rng.integers(len(clip) - self.frames[k] + 1))
+            clip = clip[start : start + self.frames[k]]
+            clips.append(clip[:, :, ::-1] if rng.random() < 0.5 else clip)
+        x = torch.from_numpy(np.stack(clips)).to(self.device)
+        return x.permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+
+    def train_step(self) -> tuple[float, float]:
+        """One optimizer step. Returns (loss, mean squared error of pixels in [-1, 1]).
+
+        Raises:
+            NumericsError: the loss is not finite; nothing was changed.
+        """
+        spec = self.spec
+        x = self._batch()
+        posterior = self.vae.module.encode(x).latent_dist
+        mean = posterior.mode()
+        if hasattr(posterior, "logvar"):
+            z, kl = posterior.sample(), posterior.kl().sum() / mean.numel()
+        else:
+            z = mean + spec.latent_noise * torch.randn(
+                mean.shape, generator=torch.Generator().manual_seed(spec.seed * 1_000_003 + self.step)
+            ).to(mean.device)
+            var = spec.latent_noise**2
+            kl = 0.5 * (mean.square().mean() + var - 1 - math.log(var))
+        error = self.vae.module.decode(z, *self.vae._decode_args).sample - x
+        mse = error.square().mean()
+        loss = mse + spec.l1_weight * error.abs().mean() + spec.kl_weight * kl
+        if not math.isfinite(loss.item()):
+            raise NumericsError(f"train_vae: loss {loss.item()} at step {self.step}; lower train_vae.lr (now {spec.lr})")
+        self.vae.module.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.vae.module.parameters(), 1.0)
+        warm = min(1.0, (self.step + 1) / WARMUP_STEPS)
+        cosine = 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * self.step / spec.steps))
+        for name, optimizer in self.optimizers.items():
+            for group in optimizer.param_groups:
+                group["lr"] = spec.lr * warm * cosine * (ADAM_SHARE if name == "adam" else 1)
+            optimizer.step()
+        self.step += 1
+        decay = min(spec.ema_decay, self.step / (self.step + 10))
+        with torch.no_grad():
+            for name, value in self.vae.module.state_dict().items():
+                self.ema[name].lerp_(value, 1 - decay) if value.is_floating_point() else self.ema[name].copy_(value)
+        return loss.item(), mse.item()
+
+    def _key(self) -> str:
+        """What a saved state must agree on: the class, its arguments, and what decides the batches."""
+        data = self.spec.model_dump(mode="json", exclude={"out", "weights_dtype", "save_every", "holdout_clips", "resources"})
+        return config_hash(data)
+
+    def save(self, path: Path) -> None:
+        from safetensors.torch import save
+
+        tensors = {f"model.{k}": v for k, v in self.vae.module.state_dict().items()}
+        tensors |= {f"ema.{k}": v for k, v in self.ema.items()}
+        for name, optimizer in self.optimizers.items():
+            for i, state in optimizer.state_dict()["state"].items():
+                tensors |= {f"{name}.{i}.{k}": torch.as_tensor(v) for k, v in state.items()}
+        tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
+        atomic_write(path, save(tensors, metadata={"step": str(self.step), "key": self._key()}))
+
+    def resume(self, path: Path) -> None:
+        """Go on from a state that `save` wrote, if there is one.
+
+        Raises:
+            DataError: the state is unreadable, or of another train_vae section.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        if not path.exists():
+            return
+        try:
+            with safe_open(str(path), "pt") as f:
+                meta = f.metadata() or {}
+                tensors = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118 - not a dict
+        except (OSError, SafetensorError) as error:
+            raise DataError(f"{path}: can't be read ({error}); delete it to train from the start") from None
+        if meta.get("key") != self._key():
+            raise DataError(f"{path}: saved under other train_vae settings; delete it, or use another run name")
+        pick = lambda prefix: {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}  # noqa: E731
+        self.vae.module.load_state_dict(pick("model."))
+        for name, value in pick("ema.").items():
+            self.ema[name].copy_(value)
+        for kind, optimizer in self.optimizers.items():
+            state: dict[int, dict[str, torch.Tensor]] = {}
+            for name, value in pick(f"{kind}.").items():
+                index, _, word = name.partition(".")
+                state.setdefault(int(index), {})[word] = value
+            optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        self.step = int(meta["step"])
+        log.info("resumed from %s at step %d", path, self.step)
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update is replaced by the nearest orthogonal matrix, so that all directions learn equally fast.
+
+    For parameters of two and more axes, read as [first axis, all others]. Five steps of the quintic Newton-Schulz
+    iteration bring the singular values near 1 (K. Jordan et al., "Muon: an optimizer for hidden layers", 2024).
+    """
+
+    def __init__(self, parameters: list[torch.nn.Parameter], lr: float, momentum: float = 0.9) -> None:
+        super().__init__(parameters, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                average = self.state[p].setdefault("average", torch.zeros_like(p))
+                average.lerp_(p.grad, 1 - group["momentum"])
+                update = _orthogonal(p.grad.lerp(average, group["momentum"]).reshape(len(p), -1))
+                scale = max(1.0, update.shape[0] / update.shape[1]) ** 0.5
+                p.sub_(update.reshape(p.shape), alpha=group["lr"] * scale)
+
+
+def _orthogonal(x: torch.Tensor) -> torch.Tensor:
+    flip = x.shape[0] > x.shape[1]
+    x = x.T if flip else x
+    x = x / (x.norm() + 1e-7)
+    for _ in range(5):
+        a = x @ x.T
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    return x.T if flip else x
+
+
+def measure(vae: Vae, clips: list[np.ndarray]) -> dict[str, float | int | list[float] | None]:
+    """Reconstruction PSNR (dB, peak 255; mean and worst over the clips) and the latents' mean and std per channel."""
+    psnrs, latents = [], []
+    for clip in clips:
+        z = vae.encode(clip)
+        latents.append(z.flatten(1).double())
+        mse = np.square(vae.decode(z).astype(np.float64) - clip).mean()
+        psnrs.append(_psnr(mse / 255**2))
+    if not clips:
+        return {"clips": 0, "psnr_db": None, "psnr_db_worst": None, "latent_mean": None, "latent_std": None}
+    z_all = torch.cat(latents, dim=1)
+    return {
+        "clips": len(clips),
+        "psnr_db": float(np.mean(psnrs)),
+        "psnr_db_worst": float(np.min(psnrs)),
+        "latent_mean": [round(v, 4) for v in z_all.mean(1).tolist()],
+        "latent_std": [round(v, 4) for v in z_all.std(1).tolist()],
+    }
+
+
+def _psnr(mse_of_unit_range: float) -> float:
+    return -10 * math.log10(max(mse_of_unit_range, 1e-10))
+
+
+def _load_clips(config: Config, vae: Vae, spec: TrainVaeConfig, task: Task) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """(held out, for training): uint8 [T,H,W,3] clips of the manifest's usable videos, decoded once."""
+    clip: ClipConfig = config.clip
+    videos = [v for v in read_manifest(config.run_dir / "manifest.parquet") if v.status == "ok"]
+    clips = []
+    for video in videos:
+        if task.stop_requested():
+            raise Stopped("train_vae: stopped while reading the clips; nothing to save yet")
+        try:
+            plan = plan_clip(video, clip, stride=vae.stride, patch_hw=(1, 1), floor_frames=vae.floor_frames)
+            clips.append(decode(video.path, plan))
+        except DataError as error:
+            log.warning("left out: %s", error)
+    if not clips:
+        raise DataError(f"{config.run_dir / 'manifest.parquet'}: no usable clip among {len(videos)} videos with status ok")
+    held = min(spec.holdout_clips, len(clips) // 5)
+    log.info("%d clips decoded (%d MB), %d held out", len(clips), sum(c.nbytes for c in clips) >> 20, held)
+    return clips[:held], clips[held:]
