@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from sorahpc.config import Config
+from sorahpc.config import ClipConfig, Config
 from sorahpc.data.cache import LatentCache
 from sorahpc.data.decode import ClipPlan, decode, plan_clip, probe
 from sorahpc.data.manifest import MANIFEST, Video, read_manifest
@@ -140,16 +140,17 @@ def _pair(
         raise DataError(f"{where}: no video {key}, which the cache holds; run `sorahpc prepare`")
     latent, _ = cache.read(i)
     again = vae.decode(latent)
-    patch_hw = config.model.patch[1:] if config.model else (1, 1)
-    plan = plan_clip(videos[key], config.clip, stride=vae.stride, patch_hw=patch_hw, floor_frames=vae.floor_frames)
+    clip = ClipConfig.model_validate(cache.info["clip"])  # as it was encoded, whatever the config says today
+    ph, pw = cache.info["patch_hw"]
+    plan = plan_clip(videos[key], clip, stride=vae.stride, patch_hw=(ph, pw), floor_frames=vae.floor_frames)
     real = decode(videos[key].path, plan)
     if real.shape != again.shape:
         raise DataError(
-            f"{key}: the cached latent decodes to {list(again.shape)}, the video to {list(real.shape)}; the cache was "
-            "made with another section `clip`"
+            f"{videos[key].path}: its cached latent decodes to {list(again.shape)}, the file itself to "
+            f"{list(real.shape)}; the cache is damaged or of another version: delete it and run `sorahpc encode`"
         )
-    write_mp4(folder / f"{key}.real.mp4", real, config.clip.fps)
-    write_mp4(folder / f"{key}.vae.mp4", again, config.clip.fps)
+    write_mp4(folder / f"{key}.real.mp4", real, clip.fps)
+    write_mp4(folder / f"{key}.vae.mp4", again, clip.fps)
     return {
         "key": key,
         "caption": cache.captions[i],
