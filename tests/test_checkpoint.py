@@ -120,9 +120,10 @@ def test_bf16_keeps_float32_masters_and_resumes_bit_equal(tmp_path: Path) -> Non
 
 def test_sampling_loads_the_average_not_the_weights(saved: Any) -> None:
     from sorahpc.distributed import megatron
+    from sorahpc.models.dit import load_ema_for_sampling
 
     root, result = saved
-    model, meta = checkpoint.load_ema_for_sampling(checkpoint.latest(root))
+    model, meta = load_ema_for_sampling(checkpoint.latest(root))
     try:
         assert meta.step == 4
         assert not model.training

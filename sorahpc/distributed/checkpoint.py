@@ -33,7 +33,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from sorahpc.config import Config, parse_config
+from sorahpc.config import Config
 from sorahpc.distributed import megatron
 from sorahpc.distributed.ema import Ema
 from sorahpc.distributed.mesh import Mesh
@@ -162,26 +162,12 @@ def load(folder: Path, model: nn.Module, optimizer: Any, ema: Ema, mesh: Mesh) -
     return meta
 
 
-def load_ema_for_sampling(folder: Path) -> tuple[nn.Module, Meta]:
-    """The model with its averaged weights, in eval mode, in this process alone.
-
-    Needs no process group: one of a single rank is made. The device is the GPU where there is one (bfloat16), else
-    the CPU (float32).
-    """
-    from sorahpc.models.dit import DiT
-
-    mesh = megatron.start()
-    meta = verify(folder, mesh)
-    config = parse_config(meta.config)
-    assert config.model is not None and config.train is not None
-    dtype = torch.bfloat16 if mesh.device.type == "cuda" else torch.float32
-    model = DiT(config.model, mesh, channels=meta.channels, text_dim=meta.text_dim, dtype=torch.float32)
-    sharded = megatron.sharded_parameters(model, mesh, "ema")
-    state = megatron.load_sharded(sharded, folder)
+def load_ema(folder: Path, model: nn.Module, mesh: Mesh) -> None:
+    """Fill a float32 model with the averaged weights of a checkpoint that `verify` has passed. Collective."""
+    state = megatron.load_sharded(megatron.sharded_parameters(model, mesh, "ema"), folder)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(state[f"ema.{name}"])
-    return model.to(dtype).eval().requires_grad_(False), meta
 
 
 def verify(folder: Path, mesh: Mesh) -> Meta:

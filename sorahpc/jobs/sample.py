@@ -31,8 +31,9 @@ from sorahpc.data.prompts import Prompt, read_prompts
 from sorahpc.diffusion.flow import noise
 from sorahpc.diffusion.sampler import euler, guided
 from sorahpc.distributed import megatron
-from sorahpc.distributed.checkpoint import MANIFEST, Meta, latest, load_ema_for_sampling
+from sorahpc.distributed.checkpoint import MANIFEST, Meta, latest
 from sorahpc.errors import CheckpointError, ConfigError, NumericsError, SetupError, Stopped
+from sorahpc.models.dit import load_ema_for_sampling
 from sorahpc.models.text import TextEncoder, load_text
 from sorahpc.models.vae import Vae, load_vae
 from sorahpc.runs import Task, write_json

@@ -13,14 +13,17 @@ the text is replicated; the output is gathered with a backward that does not sum
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sorahpc import ops
-from sorahpc.config import ModelConfig
-from sorahpc.distributed import megatron
+from sorahpc.config import ModelConfig, parse_config
+from sorahpc.distributed import checkpoint, megatron
 from sorahpc.distributed.mesh import Mesh
+from sorahpc.errors import CheckpointError
 from sorahpc.models.attention import pack_attention
 
 TIMESTEP_DIM = 256  # dims of the sinusoid in front of the timestep MLP, as in DiT
@@ -184,6 +187,26 @@ class DiT(nn.Module):
         shift, scale = self.final_ada_ln(c).chunk(2, dim=-1)
         x = self.final(ops.modulate(x, shift, scale, pack.local_lens, self.model.norm_eps))  # [l, P]
         return megatron.gather_tokens(x.float(), self.mesh)[:length]
+
+
+def load_ema_for_sampling(folder: Path) -> tuple[DiT, checkpoint.Meta]:
+    """The model of a checkpoint with its averaged weights, in eval mode, in this process alone.
+
+    Makes a process group of one rank; `megatron.stop` leaves it. The device is the GPU where there is one (bfloat16),
+    else the CPU (float32).
+
+    Raises:
+        CheckpointError: incomplete, altered, or unsafe.
+    """
+    mesh = megatron.start()
+    meta = checkpoint.verify(folder, mesh)
+    config = parse_config(meta.config)
+    if config.model is None:
+        raise CheckpointError(f"{folder}: its config has no section `model`; the checkpoint is refused")
+    model = DiT(config.model, mesh, channels=meta.channels, text_dim=meta.text_dim, dtype=torch.float32)
+    checkpoint.load_ema(folder, model, mesh)
+    model.dtype = torch.bfloat16 if mesh.device.type == "cuda" else torch.float32
+    return model.to(model.dtype).eval().requires_grad_(False), meta
 
 
 def _zeroed(layer: nn.Linear) -> nn.Linear:
