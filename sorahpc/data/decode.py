@@ -207,20 +207,22 @@ def probe(path: Path | str) -> Probe:
                     picture = next(iter(packet.decode()), None)
                 except av.FFmpegError as error:
                     raise VideoError(path, f"can't decode the first frame: {_ffmpeg_words(error)}") from None
-        if stream.frames and packets < stream.frames:
-            raise VideoError(path, _cut(packets, stream.frames, "end of file"))
+        indexed = stream.frames if "mov" in container.format.name else 0  # AVI's header counts dropped frames too
+        if packets < indexed:
+            raise VideoError(path, _cut(packets, indexed, "end of file"))
         if picture is None or not frames:
             raise VideoError(path, "no frames: the video stream is empty")
         if picture.width * picture.height > MAX_PIXELS:
             raise VideoError(path, f"too large: {picture.width}x{picture.height} px, at most {MAX_PIXELS} px a frame")
         if (
-            not stream.frames and container.duration
-        ):  # no index: the header's duration is all there is to hold it against
-            missing = (container.duration - (all_end * 1e6 - (container.start_time or 0))) / 1e6
-            slack = max(2.5 / float(rate) if rate else 0.1, 0.02 * container.duration / 1e6)
-            if missing > slack:
+            not indexed and container.duration
+        ):  # no exact count: the header's duration is all there is to hold it against
+            # Some writers measure the duration from time 0, others from the first frame: believe the kinder one.
+            end_us = all_end * 1e6 - min(container.start_time or 0, 0)
+            missing_s = (container.duration - end_us) / 1e6
+            if missing_s > max(2.5 / float(rate) if rate else 0.1, 0.02 * container.duration / 1e6):
                 raise VideoError(
-                    path, f"truncated: ends {missing:.2f} s before the {container.duration / 1e6:.2f} s of its header"
+                    path, f"truncated: ends {missing_s:.2f} s before the {container.duration / 1e6:.2f} s of its header"
                 )
         if timed:
             assert first_pts is not None and last_end is not None

