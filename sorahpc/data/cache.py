@@ -460,7 +460,7 @@ def read_shard(path: Path, channels: int, text_dim: int, dtype: str) -> Shard:
     except DataError:
         raise
     # What HDF5 raises on damaged structures is any of these, by the place of the damage.
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, ArithmeticError, MemoryError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(f"{shown(path)}: damaged shard: {first}; delete it and run `sorahpc encode` again") from None
 
@@ -480,7 +480,8 @@ def build_index(folder: Path, shards: Sequence[str]) -> Summary | None:
     Raises:
         DataError: a shard is damaged, or a key comes twice.
     """
-    if any(not (folder / name).exists() for name in shards):
+    # A listing, not a look-up of each name: on NFS a name that was missing a moment ago is remembered as missing.
+    if not set(shards) <= set(os.listdir(folder)):
         return None
     info = read_info(folder)
     channels, dim, dtype = info["channels"], info["text_dim"], info["dtype"]
