@@ -326,10 +326,10 @@ def execute(spec: Spec, config: Config, place: Place, stop: Callable[[], bool], 
             state, code, message = "failed", 130, "interrupted twice: left without saving"
             log.error("%s", message)
         except BaseException as error:
-            if isinstance(error, SystemExit):
-                error = RuntimeError(f"the job called sys.exit({error.code!r})")
             state, code = "failed", 1
             message = f"{type(error).__name__}: {error}"
+            if isinstance(error, SystemExit):
+                message = f"end: the job called sys.exit({error.code!r})"
             log.error("unexpected %s (traceback in %s)", message, folder.log(place.rank), exc_info=error)
         finally:
             if heartbeat is not None:

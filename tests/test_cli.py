@@ -1,0 +1,195 @@
+"""The command line as a user meets it: fast, one line a fault, JSON everywhere."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+import yaml
+
+from sorahpc.cluster.launch import JOBS
+
+HEAVY = ("torch", "numpy", "megatron", "submitit", "av", "h5py", "diffusers", "transformers", "pyarrow")
+
+BROKEN = [
+    ("train.lr=fast", "train.lr: expected a number, found"),
+    ("train.stepz=3", "train.stepz: unknown key; did you mean `steps`?"),
+    ("train.steps=0", "train.steps: expected greater than or equal to 1, found 0"),
+    ("train.steps=1.5", "train.steps: expected a"),
+    ("train.tp=3", "train.tp: expected a divisor of the world size 2"),
+    ("train.packs_per_step=3", "train.packs_per_step: expected a multiple of the dp size 2"),
+    ("train.warmup_steps=100", "train.warmup_steps: expected warmup_steps 100 + decay_steps 0 at most steps 20"),
+    ("train.precision=fp8", "train.precision: expected 'auto', 'fp32' or 'bf16', found"),
+    ("train.resources.nodes=-1", "train.resources.nodes: expected greater than or equal to 1"),
+    ("model.num_heads=5", "model.num_heads: expected a divisor of dim = 12, not 5"),
+    ("model.patch=[1,2]", "model.patch.2: missing"),
+    ("model=Z", "model: no file for 'Z'; expected a .yaml path or one of"),
+    ("cluster=nowhere", "cluster: no file for 'nowhere'"),
+    ("cluster.kind=pbs", "cluster.kind: expected 'inline', 'local' or 'slurm', found"),
+    ("cluster.partition=a;b", "cluster.partition: expected letters, digits"),
+    ("cluster.gpus_per_task=2", "cluster.gpus_per_task: expected less than or equal to 1, found 2"),
+    ("run=a/b", "run: expected 1 to 64 letters"),
+    ("encode.dtype=float64", "encode.dtype: expected 'float16' or 'bfloat16', found"),
+    ("clip.min_frames=99", "clip.min_frames: expected at most max_frames = 17"),
+    ("sample.seed=-1", "sample.seed: expected greater than or equal to 0"),
+    ("encode.resources.tasks=many", "encode.resources.tasks: expected a whole number, found"),
+    ("vae=3", "vae: expected a section (a mapping), found 3"),
+    ("train.clip_grad=.inf", "train.clip_grad: expected a finite number"),
+    ("trian.steps=3", "trian: unknown key; did you mean `train`?"),
+    ("train.steps", "'train.steps': an override is dotted.key=value"),
+    ("run.name=x", "run: is a value, not a section"),
+]
+
+
+@pytest.mark.parametrize(("override", "expected"), BROKEN)
+def test_a_broken_config_is_one_line_with_the_dotted_key(tmp_path: Path, override: str, expected: str) -> None:
+    config = tiny.write_config(tmp_path)
+    done = tiny.sorahpc("train", config, override, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"sorahpc: {expected}"), done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_several_faults_are_several_lines(tmp_path: Path) -> None:
+    config = tiny.write_config(tmp_path)
+    done = tiny.sorahpc("config", "check", config, "train.steps=x", "model.dim=y", "more=1", cwd=tmp_path)
+    assert done.returncode == 2
+    assert sorted(line.split(": ")[1] for line in done.stderr.splitlines()) == ["model.dim", "more", "train.steps"]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("run: [", "not valid YAML"),
+        ("- a\n- b", "a mapping of sections expected, found list"),
+        ("run: a\nrun: b", "`run` is given twice"),
+        ("run: &a x\nruns_dir: *a", "aliases (*name) are not allowed"),
+        ("run: !!python/object/apply:os.system [touch pwned]", "not valid YAML"),
+        ("{}", "run: missing"),
+    ],
+)
+def test_a_broken_file_is_one_line(tmp_path: Path, text: str, expected: str) -> None:
+    (tmp_path / "c.yaml").write_text(text)
+    done = tiny.sorahpc("pipeline", "c.yaml", cwd=tmp_path)
+    assert done.returncode == 2 and expected in done.stderr and len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "pwned").exists()
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["nosuch"],
+        ["train"],
+        ["train", "nosuch.yaml"],
+        ["train", "x", "--cluter", "y"],
+        ["data", "toyworld", "o", "--clips", "0"],
+    ],
+)
+def test_a_wrong_call_is_one_line(tmp_path: Path, args: list[str]) -> None:
+    done = tiny.sorahpc(*args, cwd=tmp_path)
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
+
+
+def test_a_missing_section_is_named_before_anything_starts(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("run: x\n")
+    for verb, sections in (("prepare", ["prepare"]), ("encode", ["vae", "text"]), ("train", ["model", "train"])):
+        done = tiny.sorahpc(verb, "c.yaml", cwd=tmp_path)
+        assert done.returncode == 2
+        assert [line.split(": ")[1] for line in done.stderr.splitlines()] == sections
+    assert not (tmp_path / "runs").exists()
+
+
+def imported(*args: str, cwd: Path) -> list[str]:
+    code = (
+        "import sys, sorahpc.cli\n"
+        f"sys.argv = ['sorahpc', *{list(args)!r}]\n"
+        "sorahpc.cli.main()\n"
+        f"print('IMPORTED', [m for m in {HEAVY!r} if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=cwd, env=tiny.env(), capture_output=True, text=True, timeout=30
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1].removeprefix("IMPORTED ").replace("'", '"'))
+
+
+def fastest(*args: str | Path, cwd: Path) -> float:
+    times = []
+    for _ in range(5):
+        started = time.monotonic()
+        assert tiny.sorahpc(*args, cwd=cwd).returncode == 0
+        times.append(time.monotonic() - started)
+    return min(times)
+
+
+def test_help_and_status_start_within_half_a_second_and_without_torch(tmp_path: Path) -> None:
+    config = tiny.write_config(tmp_path)
+    assert tiny.sorahpc("pipeline", config, cwd=tmp_path).returncode == 0
+    for args in (["--help"], ["status", "tiny"], ["logs", "tiny"], ["config", "show", str(config)]):
+        assert imported(*args, cwd=tmp_path) == []
+    assert fastest("--help", cwd=tmp_path) < 0.5
+    assert fastest("status", "tiny", cwd=tmp_path) < 0.5
+
+
+def test_a_dry_run_for_slurm_needs_no_torch(tmp_path: Path) -> None:
+    config = tiny.write_config(tmp_path)
+    assert "torch" not in imported("train", str(config), "--cluster", "slurm", "--dry-run", cwd=tmp_path)
+
+
+def test_help_lists_every_job(tmp_path: Path) -> None:
+    text = tiny.sorahpc("--help", cwd=tmp_path).stdout
+    for verb in (*JOBS, "pipeline", "status", "logs", "cancel", "config", "data"):
+        assert f"  {verb} " in text, verb
+
+
+@pytest.mark.parametrize("cluster", ["local", "slurm"])
+@pytest.mark.parametrize("verb", ["train", "pipeline"])
+def test_a_dry_run_is_json_too(tmp_path: Path, cluster: str, verb: str) -> None:
+    config = tiny.write_config(tmp_path)
+    done = tiny.sorahpc(verb, config, "--cluster", cluster, "--dry-run", "--json", cwd=tmp_path)
+    plans = json.loads(done.stdout)
+    plans = plans if isinstance(plans, list) else [plans]
+    assert [p["job"] for p in plans] == (["prepare", "encode", "train", "sample"] if verb == "pipeline" else ["train"])
+    assert all(p["kind"] == cluster and p["script"].startswith("#!/bin/bash\n") for p in plans)
+    if (verb, cluster) == ("pipeline", "slurm"):
+        assert "--dependency=afterok:ENCODE_JOB_ID" in plans[2]["script"]
+    assert not (tmp_path / "runs").exists()
+
+
+def test_config_show_is_a_config_again(tmp_path: Path) -> None:
+    config = tiny.write_config(tmp_path)
+    shown = tiny.sorahpc("config", "show", config, "train.lr=1e-3", cwd=tmp_path).stdout
+    (tmp_path / "again.yaml").write_text(shown)
+    assert tiny.sorahpc("config", "show", "again.yaml", cwd=tmp_path).stdout == shown
+    as_json = json.loads(tiny.sorahpc("config", "show", config, "train.lr=1e-3", "--json", cwd=tmp_path).stdout)
+    assert as_json == yaml.safe_load(shown) and as_json["train"]["lr"] == 1e-3
+    assert tiny.sorahpc("config", "check", config, cwd=tmp_path).stdout == f"{config}: ok\n"
+    assert json.loads(tiny.sorahpc("config", "schema", cwd=tmp_path).stdout)["title"] == "Config"
+
+
+def test_an_unwritable_runs_folder_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("a file")
+    done = tiny.sorahpc("train", tiny.write_config(tmp_path), cwd=tmp_path)
+    assert (done.returncode, len(done.stderr.splitlines())) == (3, 1)
+    assert "set runs_dir to a writable folder" in done.stderr
+
+
+def test_a_closed_pipe_is_quiet(tmp_path: Path) -> None:
+    command = f"{sys.executable} -m sorahpc.cli config schema | head -c 10"
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=tmp_path, env=tiny.env(), capture_output=True, text=True, timeout=30
+    )
+    assert done.stderr == ""
+
+
+def test_a_cluster_of_ones_own_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "site.yaml").write_text("kind: slurm\npartition: debug\n")
+    config = tiny.write_config(tmp_path)
+    done = tiny.sorahpc("train", config, "--cluster", "site.yaml", "cluster.qos=low", "--dry-run", cwd=tmp_path)
+    assert "#SBATCH --partition=debug" in done.stdout and "#SBATCH --qos=low" in done.stdout
