@@ -91,14 +91,14 @@ def test_a_signal_to_the_launcher_stops_all_ranks_with_progress_saved(
     tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
     config = tiny.write_config(tmp_path)
-    process = launch(tmp_path, "train", config, "train.steps=400", TINY_ITEM_S="0.02")
+    process = launch(tmp_path, "train", config, "train.steps=120", TINY_ITEM_S="0.02")
     wait_for(lambda: len(pids(tmp_path)) == 2)
     time.sleep(0.2)
     process.send_signal(number)
     _, stderr = process.communicate(timeout=20)
     assert process.returncode == code
     assert "stopped, progress saved; the same command goes on from here" in stderr and "Traceback" not in stderr
-    done = tiny.sorahpc("train", config, "train.steps=400", cwd=tmp_path)
+    done = tiny.sorahpc("train", config, "train.steps=120", cwd=tmp_path)
     assert done.returncode == 0
     for rank in (0, 1):
         assert "resume at step 0," not in log(tmp_path, rank).split("stopped at")[1]

@@ -164,7 +164,7 @@ def test_a_run_is_found_by_name_and_by_path_and_a_wrong_one_is_one_line(
     monkeypatch.chdir(tmp_path)
     make(tmp_path, LOCAL)
     assert find_run("x") == Path("runs/x") and find_run(str(tmp_path / "runs/x")) == tmp_path / "runs/x"
-    with pytest.raises(ConfigError, match="y: expected a run folder.*runs here: x"):
+    with pytest.raises(ConfigError, match=r"y: expected a run folder.*runs here: x"):
         find_run("y")
 
 

@@ -287,7 +287,7 @@ def elsewhere(age_s: float, **more: Any) -> dict[str, Any]:
 def test_a_lease_of_another_machine_is_stale_after_a_minute_without_heartbeat(tmp_path: Path) -> None:
     path = tmp_path / "0.json"
     write_json(path, elsewhere(30, launch="slurm:7"))
-    with pytest.raises(SetupError, match="is held by Slurm job 7 on .* alive 30 s ago"):
+    with pytest.raises(SetupError, match=r"is held by Slurm job 7 on .* alive 30 s ago"):
         Lease(path, "train of runs/x", "slurm:8").acquire()
     write_json(path, elsewhere(61, launch="slurm:7"))
     assert Lease(path, "train of runs/x", "slurm:8").acquire().held()
