@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from sorahpc.models.text import load_text, make_tiny_t5
 
 from sorahpc.config import Config, ModelConfig, TrainConfig, parse_config
 from sorahpc.data.prompts import read_prompts
@@ -22,6 +21,7 @@ from sorahpc.errors import CheckpointError, ConfigError, NumericsError, Stopped
 from sorahpc.jobs import sample
 from sorahpc.jobs.train import PackBatch, accumulate_gradients
 from sorahpc.models.dit import DiT
+from sorahpc.models.text import load_text, make_tiny_t5
 from sorahpc.models.vae import build_vae, load_vae, save_vae
 from sorahpc.runs import Task
 

@@ -102,8 +102,8 @@ def run(config: Config, task: Task) -> None:
     if done == total:
         return
 
-    models = _load(config, checkpoint)
     try:
+        models = _load(config, checkpoint)
         _check_sizes(config, items, models)
         for unit, lacking in zip(units, missing, strict=True):
             if not lacking:
