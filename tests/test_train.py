@@ -1,0 +1,230 @@
+"""The train job on a real cache: toy videos, decoded, encoded and embedded by the jobs themselves."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from typing import Any
+
+import pytest
+import torch
+from ranks import run_on_ranks
+
+from sorahpc.config import Config, parse_config
+from sorahpc.data.cache import LatentCache
+from sorahpc.errors import DataError, NumericsError, SetupError, Stopped
+from sorahpc.runs import Task
+
+CLIPS = 18
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A config (as data) whose manifest and cache exist. Clips of three aspect ratios and three durations."""
+    from sorahpc.data.toyworld import write_world
+    from sorahpc.jobs import encode, prepare
+    from sorahpc.models.text import make_tiny_t5
+
+    root = tmp_path_factory.mktemp("train")
+    write_world(root / "videos", CLIPS, 0)
+    captions = [p.read_text() for p in sorted((root / "videos").glob("*.txt"))]
+    make_tiny_t5(root / "t5", captions, 32, 0)
+    data = {
+        "run": "base",
+        "runs_dir": str(root / "runs"),
+        "prepare": {"videos": str(root / "videos")},
+        "vae": {"path": "configs/vae/toy"},
+        "text": {"path": str(root / "t5"), "max_tokens": 32},
+        "model": {"depth": 2, "dim": 64, "num_heads": 4},
+        "train": {
+            "steps": 30, "tokens_per_pack": 400, "packs_per_step": 2, "lr": 1e-3, "warmup_steps": 5, "log_every": 1,
+            "save_every": 1000,
+        },
+    }  # fmt: skip
+    config = parse_config(data)
+    prepare.run(config, Task(config.run_dir, "prepare"))
+    encode.run(config, Task(config.run_dir, "encode"))
+    data["encode"] = {"cache": str(config.cache_dir)}
+    return data
+
+
+def _config(world: dict[str, Any], run: str, **changes: Any) -> Config:
+    data = json.loads(json.dumps(world)) | {"run": run}
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        data[section][name] = value
+    return parse_config(data)
+
+
+class _StopAfter:
+    """A stop request that comes after so many looks; the job looks once a step."""
+
+    def __init__(self, steps: int) -> None:
+        self.left = steps
+
+    def __call__(self) -> bool:
+        self.left -= 1
+        return self.left <= 0
+
+
+def train_legs(rank: int, world_size: int, data: dict[str, Any], stops: list[int]) -> list[str]:
+    """Run the job once for each entry: to its end for 0, else stopped on request after so many steps."""
+    from sorahpc.jobs import train
+
+    config, outcomes = parse_config(data), []
+    for stop in stops:
+        # Only one rank is asked to stop, and not rank 0: all must agree.
+        asked = _StopAfter(stop) if stop and rank == world_size - 1 else (lambda: False)
+        task = Task(config.run_dir, "train", rank, world_size, rank, stop_requested=asked)
+        try:
+            train.run(config, task)
+            outcomes.append("done")
+        except Stopped as error:
+            outcomes.append(str(error))
+        time.sleep(0.5)  # the former process group's store is gone before the next is made at its port
+    return outcomes
+
+
+def _tensors(config: Config) -> dict[str, torch.Tensor]:
+    """All tensors of the newest checkpoint: weights, EMA, master weights and moments."""
+    from sorahpc.distributed import checkpoint, megatron
+
+    folder = checkpoint.latest(config.run_dir / "checkpoints")
+    assert folder is not None
+    megatron.start()
+    try:
+        plain = megatron._core().dist_checkpointing.load_plain_tensors(str(folder))
+        return {key: value for key, value in plain.items() if torch.is_tensor(value)}
+    finally:
+        megatron.stop()
+
+
+def _metrics(config: Config) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_resuming_twice_is_bit_equal_to_never_stopping(world: dict[str, Any]) -> None:
+    """30 steps against 10 + 10 + 10, on tp=2 with sequence parallelism: weights, EMA, moments, logged loss."""
+    layout = {"train__tp": 2, "train__resources": {"tasks_per_node": 2}}
+    whole, parts = _config(world, "whole", **layout), _config(world, "parts", **layout)
+    assert run_on_ranks(2, train_legs, whole.model_dump(mode="json"), [0]) == [["done"]] * 2
+    data = parts.model_dump(mode="json")
+    for expected, stop in (("at step 10 of 30", 10), ("at step 20 of 30", 10), ("done", 0)):
+        for outcome in run_on_ranks(2, train_legs, data, [stop]):
+            assert expected in outcome[0]
+    a, b = _tensors(whole), _tensors(parts)
+    assert a.keys() == b.keys() and any(k.startswith("ema.") for k in a) and any("exp_avg_sq" in k for k in a)
+    assert [k for k in a if not torch.equal(a[k], b[k])] == []
+    keys = ("step", "loss", "grad_norm", "lr", "tokens", "consumed")
+    logged = [[{k: row[k] for k in keys} for row in _metrics(c)] for c in (whole, parts)]
+    assert logged[0] == logged[1]
+    assert [row["step"] for row in logged[0]] == list(range(1, 31))
+    assert (parts.run_dir / "tensorboard").is_dir()
+
+
+def test_dp_sees_the_same_samples_and_the_same_loss(world: dict[str, Any]) -> None:
+    one = _config(world, "dp1", train__steps=3, train__warmup_steps=0)
+    two = _config(world, "dp2", train__steps=3, train__warmup_steps=0, train__resources={"tasks_per_node": 2})
+    assert run_on_ranks(1, train_legs, one.model_dump(mode="json"), [0]) == [["done"]]
+    assert run_on_ranks(2, train_legs, two.model_dump(mode="json"), [0]) == [["done"]] * 2
+    for a, b in zip(_metrics(one), _metrics(two), strict=True):
+        assert a["consumed"] == b["consumed"] and a["tokens"] == b["tokens"]
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+
+
+def test_first_loss_is_one_plus_the_variance_of_the_latents(world: dict[str, Any]) -> None:
+    config = _config(world, "first", train__steps=1, train__warmup_steps=0, train__packs_per_step=8)
+    train_legs(0, 1, config.model_dump(mode="json"), [0])
+    cache = LatentCache(config.cache_dir)
+    latents = [
+        (cache.read(i)[0] - cache.mean.view(-1, 1, 1, 1)) / cache.std.view(-1, 1, 1, 1) for i in range(len(cache))
+    ]
+    variance = torch.cat([z.flatten() for z in latents]).square().mean().item()
+    assert variance == pytest.approx(1.0, abs=0.05), "the cache's statistics normalise the latents"
+    assert _metrics(config)[0]["loss"] == pytest.approx(1 + variance, rel=0.05)
+
+
+def test_one_batch_is_learnt_by_heart(world: dict[str, Any]) -> None:
+    from sorahpc.distributed import megatron
+    from sorahpc.jobs import train
+    from sorahpc.models.dit import DiT
+
+    config = _config(world, "overfit", train__lr=3e-3, train__steps=1000)
+    assert config.train and config.model
+    cache, mesh = LatentCache(config.cache_dir), megatron.start()
+    try:
+        batch = train.make_packer(cache, config).next(0)
+        pack = train.build_pack(cache, batch.packs[0], config, cache.mean, cache.std, mesh.device)
+        assert len({tuple(g) for g in pack.grids.tolist()}) > 1, "samples of different grids train together"
+        model = DiT(config.model, mesh, channels=cache.channels, text_dim=cache.text_dim, dtype=torch.float32)
+        ddp = megatron.wrap_ddp(model, model.config)
+        optimizer = megatron.make_optimizer(ddp, config.train, torch.float32)
+        losses = []
+        for step in range(400):
+            losses.append(train.accumulate_gradients(ddp, [pack], pack.target.numel(), mesh))
+            for group in optimizer.param_groups:
+                group["lr"] = train.learning_rate(step, config.train)
+            megatron.clip_and_step(optimizer, megatron.gradient_norm(optimizer), 1.0)
+            if losses[-1] < 0.1 * losses[0]:
+                break
+        assert losses[-1] < 0.1 * losses[0], f"{losses[0]:.3f} -> {losses[-1]:.3f} after {len(losses)} steps"
+    finally:
+        megatron.stop()
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched(world: dict[str, Any]) -> None:
+    from sorahpc.jobs import train
+
+    config = _config(world, "nan", train__lr=1e30, train__warmup_steps=0, train__save_every=1)
+    with pytest.raises(
+        NumericsError, match=r"step \d+: loss .* the weights are those of step \d+.*samples: [0-9a-f]{16}"
+    ):
+        train.run(config, Task(config.run_dir, "train"))
+    assert all(math.isfinite(row["loss"]) for row in _metrics(config))
+
+
+def test_a_finished_run_is_left_as_it_is(world: dict[str, Any]) -> None:
+    from sorahpc.jobs import train
+
+    config = _config(world, "again", train__steps=2, train__warmup_steps=0)
+    train.run(config, Task(config.run_dir, "train"))
+    before = {p: p.stat().st_mtime_ns for p in (config.run_dir / "checkpoints").rglob("*")}
+    train.run(config, Task(config.run_dir, "train"))
+    assert {p: p.stat().st_mtime_ns for p in (config.run_dir / "checkpoints").rglob("*")} == before
+    assert [row["step"] for row in _metrics(config)] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"train__tokens_per_pack": 10}, DataError, r"train\.tokens_per_pack: 10, but sample \d+ .* tokens"),
+        ({"model__patch": [1, 3, 2]}, DataError, r"model\.patch: \(1, 3, 2\) does not divide the latent"),
+        ({"encode__cache": "/nowhere/cache"}, DataError, r"/nowhere/cache"),
+        (
+            {"train__resources": {"tasks_per_node": 2}},
+            SetupError,
+            r"train\.resources: nodes 1 x tasks_per_node 2, but .* 1",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_one_line(
+    world: dict[str, Any], changes: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    from sorahpc.jobs import train
+
+    config = _config(world, "bad", **changes)
+    with pytest.raises(error, match=message) as caught:
+        train.run(config, Task(config.run_dir, "train"))
+    assert "\n" not in str(caught.value)
+
+
+def test_learning_rate_warms_up_stays_and_decays() -> None:
+    from sorahpc.config import TrainConfig
+    from sorahpc.jobs.train import learning_rate
+
+    train = TrainConfig(steps=100, tokens_per_pack=1, lr=2.0, warmup_steps=10, decay_steps=20)
+    rates = [learning_rate(step, train) for step in range(100)]
+    assert rates[0] == pytest.approx(0.2) and rates[9] == rates[79] == 2.0
+    assert rates[80] == pytest.approx(2.0) and rates[90] == pytest.approx(1.0) and rates[99] == pytest.approx(0.1)
