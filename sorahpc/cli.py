@@ -119,19 +119,6 @@ def evaluate(
     return _launch("evaluate", config, overrides or [], cluster, dry_run=dry_run, as_json=as_json, wait=wait)
 
 
-@app.command()
-def evaluate(
-    config: ConfigArg,
-    overrides: Overrides = None,
-    cluster: ClusterOpt = None,
-    dry_run: DryRun = False,
-    as_json: AsJson = False,
-    wait: Wait = False,
-) -> int:
-    """Samples and VAE -> figures and clips for the report."""
-    return _launch("evaluate", config, overrides or [], cluster, dry_run=dry_run, as_json=as_json, wait=wait)
-
-
 @app.command("train-vae")
 def train_vae(
     config: ConfigArg, overrides: Overrides = None, cluster: ClusterOpt = None, dry_run: DryRun = False,
@@ -274,33 +261,6 @@ def cancel(run: RunArg, job: JobArg = None, as_json: AsJson = False) -> int:
     said = {folder.job: cancel_job(folder) for folder in reversed(folders)}  # the last first: it waits for the others
     _say(said, "\n".join(said.values()), as_json)
     return 0
-
-
-@app.command()
-def report(run: RunArg, as_json: AsJson = False) -> int:
-    """Write report.html of a run: one file that opens from disk."""
-    from sorahpc.cluster.status import find_run
-    from sorahpc.report import write_report
-
-    path = write_report(find_run(run))
-    _say({"path": str(path.absolute())}, str(path), as_json)
-    return 0
-
-
-@app.command()
-def demo(
-    config: Annotated[
-        str, typer.Argument(metavar="[CONFIG]", help="YAML file, or the name of a shipped one.")
-    ] = "demo",
-    overrides: Overrides = None,
-    cluster: Annotated[
-        str | None, typer.Option("--cluster", help="local, or a YAML file of kind inline or local.")
-    ] = None,
-) -> int:
-    """The whole pipeline on a small world that it renders itself, to a report.html."""
-    from sorahpc.demo import main as run_demo
-
-    return run_demo(config, overrides or [], cluster)
 
 
 @config_app.command("show")

@@ -48,7 +48,6 @@ JOBS = {
         Job("train", "gang", ("model", "train"), "Latent cache -> checkpoints."),
         Job("sample", "array", ("vae", "text", "sample"), "Checkpoint and prompts -> mp4 files."),
         Job("evaluate", "array", ("vae",), "Samples and VAE -> figures and clips for the report."),
-        Job("evaluate", "array", ("vae",), "Samples and VAE -> figures and clips for the report."),
         Job("train-vae", "array", ("train_vae",), "Manifest -> a small autoencoder of your own."),
     )
 }
