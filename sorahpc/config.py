@@ -159,6 +159,9 @@ class TrainVaeConfig(Section):
     steps: int = Field(ge=1, description="optimizer steps")
     batch_clips: int = Field(4, ge=1, description="clips a step, all of one size")
     window_frames: int | None = Field(None, ge=1, description="train on random windows of this many frames; None: whole clips")
+    crop_px: int | None = Field(
+        None, ge=1, description="and on random crops of this side; not for classes that pool over the frame (AutoencoderKLCosmos)"
+    )
     lr: float = Field(
         0.03, gt=0, description="of Muon, at its peak: linear warm-up over 100 steps, then cosine decay to 1 % of it"
     )

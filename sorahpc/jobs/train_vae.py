@@ -87,26 +87,28 @@ class Trainer:
         }
         self.ema = {k: v.detach().clone() for k, v in vae.module.state_dict().items()}
         window = vae.floor_frames(spec.window_frames) if spec.window_frames else None
+        crop = spec.crop_px // vae.stride[1] * vae.stride[1] if spec.crop_px else None
         buckets: dict[tuple[int, ...], list[np.ndarray]] = {}
         for clip in clips:
-            frames = len(clip) if window is None else min(window, len(clip))
-            buckets.setdefault((frames, *clip.shape[1:3]), []).append(clip)
-        self.buckets = [buckets[k] for k in sorted(buckets)]
-        self.frames = [k[0] for k in sorted(buckets)]
+            most = (window or len(clip), crop or clip.shape[1], crop or clip.shape[2])
+            buckets.setdefault(tuple(map(min, most, clip.shape[:3])), []).append(clip)
+        self.sizes = sorted(buckets)  # (T,H,W) of what is cut out of the clips of each bucket
+        self.buckets = [buckets[size] for size in self.sizes]
 
     def _batch(self) -> torch.Tensor:
-        """[B,3,T,H,W] in [-1, 1]: a bucket by its share of the clips, then clips, windows and mirrorings at random."""
+        """[B,3,T,H,W] in [-1, 1]: a bucket by its share of the clips, then clips, windows, crops and mirrorings at random."""
         rng = np.random.default_rng([self.spec.seed, self.step])
-        sizes = np.array([len(b) for b in self.buckets], dtype=float)
-        k = int(rng.choice(len(sizes), p=sizes / sizes.sum()))
+        counts = np.array([len(b) for b in self.buckets], dtype=float)
+        k = int(rng.choice(len(counts), p=counts / counts.sum()))
         clips = []
         for i in rng.integers(len(self.buckets[k]), size=self.spec.batch_clips):
             clip = self.buckets[k][i]
-            start = int(rng.integers(len(clip) - self.frames[k] + 1))
-            clip = clip[start : start + self.frames[k]]
+            at = [int(rng.integers(n - m + 1)) for n, m in zip(clip.shape[:3], self.sizes[k], strict=True)]
+            t, y, x = (slice(a, a + m) for a, m in zip(at, self.sizes[k], strict=True))
+            clip = clip[t, y, x]
             clips.append(clip[:, :, ::-1] if rng.random() < 0.5 else clip)
-        x = torch.from_numpy(np.stack(clips)).to(self.device)
-        return x.permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+        batch = torch.from_numpy(np.stack(clips)).to(self.device)
+        return batch.permute(0, 4, 1, 2, 3).float() / 127.5 - 1
 
     def train_step(self) -> tuple[float, float]:
         """One optimizer step. Returns (loss, mean squared error of pixels in [-1, 1]).

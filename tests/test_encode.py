@@ -1,0 +1,274 @@
+"""encode: whatever is killed, stopped or broken, the cache ends up the same, and says what is not in it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from sorahpc.config import Config, parse_config
+from sorahpc.data.cache import INDEX, LatentCache
+from sorahpc.data.toyworld import write_world
+from sorahpc.errors import ConfigError, DataError, Stopped
+from sorahpc.jobs import encode, prepare
+from sorahpc.models.text import make_tiny_t5
+from sorahpc.models.vae import build_vae, save_vae
+from sorahpc.runs import Task
+
+CLIPS = 14
+BROKEN = {"zero.mp4": b"", "text.mp4": b"no video at all\n"}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Videos (one of them cut short after prepare saw it), a tiny VAE and T5 with random weights."""
+    folder = tmp_path_factory.mktemp("world")
+    write_world(folder / "videos", CLIPS, seed=1)
+    for name, data in BROKEN.items():
+        (folder / "videos" / name).write_bytes(data)
+        (folder / "videos" / name).with_suffix(".txt").write_text("broken")
+    make_tiny_t5(folder / "t5", [p.read_text() for p in sorted((folder / "videos").glob("*.txt"))], dim=16, seed=0)
+    arch = {
+        "latent_channels": 4, "encoder_block_out_channels": [8, 8, 8], "decode_block_out_channels": [8, 8, 8],
+        "attention_resolutions": [], "resolution": 64, "num_layers": 1, "patch_size": 4,
+        "spatial_compression_ratio": 8, "temporal_compression_ratio": 4, "latents_mean": None, "latents_std": None,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    vae = build_vae("AutoencoderKLCosmos", arch)
+    save_vae(vae, vae.module.state_dict(), folder / "vae", torch.float32)
+    config = make_config(folder, "prepared")
+    prepare.run(config, Task(config.run_dir, "prepare"))
+    victim = folder / "videos/000003.mp4"
+    victim.write_bytes(victim.read_bytes()[: victim.stat().st_size // 2])
+    return folder
+
+
+def make_config(world: Path, run: str, **sections: object) -> Config:
+    return parse_config(
+        {
+            "run": run, "runs_dir": str(world / "runs"), "prepare": {"videos": str(world / "videos")},
+            "clip": {"fps": 8, "max_frames": 9, "min_frames": 5, "max_area_px": 4096},
+            "vae": {"path": str(world / "vae")}, "text": {"path": str(world / "t5"), "max_tokens": 32},
+            "encode": {"clips_per_shard": 3}, **sections,
+        }
+    )  # fmt: skip
+
+
+def prepared(world: Path, run: str, **sections: object) -> Config:
+    """A run that has the manifest of the broken world."""
+    config = make_config(world, run, **sections)
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    (config.run_dir / "manifest.parquet").write_bytes((world / "runs/prepared/manifest.parquet").read_bytes())
+    return config
+
+
+def task(config: Config, rank: int = 0, world_size: int = 1, **more: object) -> Task:
+    return Task(config.run_dir, "encode", rank=rank, world_size=world_size, **more)  # type: ignore[arg-type]
+
+
+def content(config: Config) -> dict[str, bytes]:
+    """Every file of the cache but temporary ones."""
+    return {p.name: p.read_bytes() for p in sorted(config.cache_dir.iterdir()) if not p.name.startswith(".")}
+
+
+@pytest.fixture(scope="module")
+def whole(world: Path) -> dict[str, bytes]:
+    """The cache that one uninterrupted task makes."""
+    config = prepared(world, "whole")
+    encode.run(config, task(config))
+    return content(config)
+
+
+def test_all_usable_clips_are_encoded_and_the_broken_one_is_named_with_its_reason(
+    world: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = prepared(world, "named")
+    with caplog.at_level(logging.INFO):
+        encode.run(config, task(config))
+    cache = LatentCache(config.cache_dir)
+    assert len(cache) == CLIPS - 1
+    rejected = json.loads((config.cache_dir / "rejected.json").read_text())
+    assert [Path(r["source"]).name for r in rejected] == ["000003.mp4"] and "corrupt" in rejected[0]["reason"]
+    lines = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+    assert len(lines) == 1 and "000003.mp4" in lines[0]
+    assert "cache complete: 13 samples, 1 clips rejected" in caplog.text
+    status = json.loads((config.run_dir / "jobs/encode/status/0.json").read_text())
+    assert (status["done"], status["total"], status["unit"]) == (CLIPS, CLIPS, "clip")
+    shapes = {tuple(s) for s in cache.shapes.tolist()}
+    assert shapes <= {(4, 3, 8, 8), (4, 3, 6, 10), (4, 3, 10, 6)} and len(shapes) > 1
+    assert cache.fps.tolist() == [8.0] * len(cache) and all(c.startswith("a ") for c in cache.captions)
+    assert cache.info["vae"]["id"] == "AutoencoderKLCosmos" and cache.info["clip"]["max_frames"] == 9
+    z, e = cache.read(0)
+    assert z.abs().max() > 0 and e.shape == (cache.text_lens[0], 16)
+
+
+def test_the_text_and_the_latents_are_those_of_the_models_themselves(world: Path, whole: dict[str, bytes]) -> None:
+    from sorahpc.models.text import load_text
+
+    config = prepared(world, "whole")
+    cache = LatentCache(config.cache_dir)
+    text = load_text(config.text.path, 32)
+    _, e = cache.read(5)
+    assert torch.equal(e, text.encode([cache.captions[5]])[0].half().float())
+    assert torch.equal(cache.empty_text, text.encode([""])[0].half().float())
+
+
+def test_any_number_of_tasks_in_any_order_makes_the_same_bytes(world: Path, whole: dict[str, bytes]) -> None:
+    config = prepared(world, "three")
+    for rank in (2, 0, 1):
+        assert INDEX not in content(config) if config.cache_dir.exists() else True
+        encode.run(config, task(config, rank, 3))
+    assert content(config) == whole
+    config = prepared(world, "many")
+    for rank in range(9):  # more tasks than shards
+        encode.run(config, task(config, rank, 9))
+    assert content(config) == whole
+
+
+def test_a_rerun_does_only_what_is_missing(world: Path, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    config = prepared(world, "rerun")
+    encode.run(config, task(config))
+    encoded: list[str] = []
+    real = encode._encode
+    monkeypatch.setattr(encode, "_encode", lambda video, *rest: (encoded.append(video.key), real(video, *rest)))
+    encode.run(config, task(config))
+    assert encoded == []
+    shard = sorted(config.cache_dir.glob("shard-*.h5"))[1]
+    shard.unlink()
+    encode.run(config, task(config))
+    assert len(encoded) == 3 and content(config) == whole
+
+
+def _killed_worker(config: Config) -> None:
+    torch.set_num_threads(1)
+    encode.run(config, task(config))
+
+
+def test_kill_9_at_any_time_leaves_no_unreadable_shard_and_a_rerun_completes_to_the_same_bytes(
+    world: Path, whole: dict[str, bytes]
+) -> None:
+    config = prepared(world, "killed", encode={"clips_per_shard": 3})
+    fork = multiprocessing.get_context("fork")  # spawn would spend its life importing torch
+    rng = np.random.default_rng(0)
+    kills = 0
+    for round_ in range(10):
+        worker = fork.Process(target=_killed_worker, args=(config,))
+        worker.start()
+        if round_ % 3 == 2:  # at the worst moment: a part file is there
+            end = time.monotonic() + 2
+            while time.monotonic() < end and worker.is_alive() and not list(config.cache_dir.glob(".shard-*.part")):
+                time.sleep(0.0005)
+        else:
+            worker.join(float(rng.uniform(0.02, 0.5)))
+        if worker.is_alive():
+            os.kill(worker.pid, signal.SIGKILL)
+            kills += 1
+        worker.join()
+        for name, data in content(config).items() if config.cache_dir.exists() else ():
+            assert data == whole[name], name  # what is there under its name is whole
+        if kills % 4 == 3:
+            for path in config.cache_dir.glob("shard-*.h5"):
+                path.unlink()  # more to do, so that later kills find it at work
+                (config.cache_dir / INDEX).unlink(missing_ok=True)
+    assert kills >= 5
+    encode.run(config, task(config))
+    assert content(config) == whole
+    assert not [p.name for p in config.cache_dir.iterdir() if p.name.startswith(".shard")]
+    LatentCache(config.cache_dir)
+
+
+def test_a_stop_between_clips_loses_one_shard_and_goes_on_from_there(world: Path, whole: dict[str, bytes]) -> None:
+    config = prepared(world, "stopped")
+    looks = iter(range(100))
+    with pytest.raises(Stopped, match="3 of 14 clips written"):
+        encode.run(config, task(config, stop_requested=lambda: next(looks) == 4))
+    assert len(list(config.cache_dir.glob("shard-*.h5"))) == 1
+    encode.run(config, task(config))
+    assert content(config) == whole
+
+
+@pytest.mark.parametrize(
+    ("sections", "field"),
+    [
+        ({"clip": {"fps": 4, "max_frames": 9, "min_frames": 5, "max_area_px": 4096}}, "clip.fps"),
+        ({"clip": {"fps": 8, "max_frames": 5, "min_frames": 5, "max_area_px": 4096}}, "clip.max_frames"),
+        ({"encode": {"clips_per_shard": 3, "dtype": "bfloat16"}}, "dtype"),
+        ({"model": {"depth": 1, "dim": 16, "num_heads": 2, "patch": [1, 2, 2]}}, "patch_hw"),
+    ],
+)
+def test_other_settings_are_refused_by_field_and_change_nothing(
+    world: Path, whole: dict[str, bytes], sections: dict, field: str
+) -> None:
+    config = prepared(world, "whole", **sections)
+    with pytest.raises(DataError, match=rf"cache.json: field `{field}`: expected .*, found .*"):
+        encode.run(config, task(config))
+    assert content(config) == whole
+
+
+def test_another_vae_or_text_encoder_is_refused_by_its_hash(world: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    (tmp_path / "vae").mkdir()
+    state = load_file(world / "vae/diffusion_pytorch_model.safetensors")
+    state["decoder.conv_out.conv_s.bias"][0] += 1e-3
+    save_file(state, tmp_path / "vae/diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "vae/config.json").write_bytes((world / "vae/config.json").read_bytes())
+    config = prepared(world, "whole", vae={"path": str(tmp_path / "vae")})
+    with pytest.raises(DataError, match=r"field `vae.weights_sha256`: expected \"[0-9a-f]{64}\", found"):
+        encode.run(config, task(config))
+    make_tiny_t5(tmp_path / "t5", ["a red circle"], dim=16, seed=0)
+    config = prepared(world, "whole", text={"path": str(tmp_path / "t5"), "max_tokens": 32})
+    with pytest.raises(DataError, match=r"field `text.weights_sha256`"):
+        encode.run(config, task(config))
+
+
+def test_if_no_clip_can_be_encoded_the_job_fails_and_names_them(world: Path) -> None:
+    config = prepared(world, "none", clip={"fps": 8, "max_frames": 97, "min_frames": 97, "max_area_px": 4096})
+    with pytest.raises(DataError, match=r"none of 14 clips could be encoded: .*000000.mp4: too short"):
+        encode.run(config, task(config))
+
+
+def test_no_manifest_or_no_models_is_one_line(world: Path) -> None:
+    config = make_config(world, "empty")
+    with pytest.raises(DataError, match="sorahpc prepare"):
+        encode.run(config, task(config))
+    config = prepared(world, "novae", vae={"path": str(world / "nowhere")})
+    with pytest.raises(ConfigError, match=r"^vae.path: no folder"):
+        encode.run(config, task(config))
+
+
+def test_the_manifest_may_grow_and_only_the_last_shard_is_made_again(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sorahpc.data.manifest import read_manifest, write_manifest
+
+    config = prepared(world, "grown")
+    videos = read_manifest(config.run_dir / "manifest.parquet")
+    ok = [v for v in videos if v.ok]
+    write_manifest(config.run_dir / "manifest.parquet", ok[:7])
+    encode.run(config, task(config))
+    assert len(LatentCache(config.cache_dir)) == 6  # one of the seven is the broken one
+    write_manifest(config.run_dir / "manifest.parquet", ok)
+    encoded: list[str] = []
+    real = encode._encode
+    monkeypatch.setattr(encode, "_encode", lambda video, *rest: (encoded.append(video.key), real(video, *rest)))
+    encode.run(config, task(config))
+    assert encoded == [v.key for v in ok[6:]]
+    assert LatentCache(config.cache_dir).keys == [v.key for v in ok if "000003" not in v.path]
+
+
+@pytest.mark.gpu
+def test_on_cuda_in_bfloat16_the_latents_are_near_those_of_the_cpu(world: Path, whole: dict[str, bytes]) -> None:
+    config = prepared(world, "cuda", vae={"path": str(world / "vae"), "dtype": "bfloat16"})
+    encode.run(config, task(config))
+    here, there = LatentCache(config.cache_dir), LatentCache(prepared(world, "whole").cache_dir)
+    assert here.keys == there.keys
+    for i in range(len(here)):
+        a, b = here.read(i)[0], there.read(i)[0]
+        assert (a - b).abs().max() < 0.1 * b.abs().max()
