@@ -37,7 +37,7 @@ from sorahpc.config import Config
 from sorahpc.distributed import megatron
 from sorahpc.distributed.ema import Ema
 from sorahpc.distributed.mesh import Mesh
-from sorahpc.errors import CheckpointError
+from sorahpc.errors import CheckpointError, SetupError
 from sorahpc.runs import atomic_write, fsync_dir, write_json
 
 FORMAT = 1
@@ -87,6 +87,14 @@ def save(root: Path, meta: Meta, model: nn.Module, optimizer: Any, ema: Ema, mes
     megatron.save_sharded(_state(model, optimizer, ema, mesh, loading=False), stage)
     dist.barrier()  # every rank's shards are written
     if mesh.rank == 0:
+        _commit(stage, final, meta, keep)
+    dist.barrier()
+    return final
+
+
+def _commit(stage: Path, final: Path, meta: Meta, keep: int) -> None:
+    root = final.parent
+    try:
         write_json(stage / META, asdict(meta))
         files = {p.name: {"sha256": _sha256(p), "bytes": p.stat().st_size} for p in sorted(stage.iterdir())}
         write_json(stage / MANIFEST, {"format": FORMAT, "files": files})
@@ -100,8 +108,11 @@ def save(root: Path, meta: Meta, model: nn.Module, optimizer: Any, ema: Ema, mes
         atomic_write(root / "latest", final.name + "\n")
         for old in committed(root)[:-keep]:
             shutil.rmtree(old)
-    dist.barrier()
-    return final
+    except OSError as error:
+        raise SetupError(
+            f"{final}: the checkpoint can't be written: {error.strerror}; the ones before it are kept; free space or "
+            f"move runs_dir, and start the job again"
+        ) from None
 
 
 def committed(root: Path) -> list[Path]:
