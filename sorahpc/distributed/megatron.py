@@ -65,6 +65,7 @@ def _core() -> Any:
     on_cpu = not torch.cuda.is_available()
     if on_cpu:
         _run_on_cpu()
+    logging.getLogger("megatron").setLevel(logging.ERROR)  # what it lacks and which defaults it takes, a line each
     torch_module: Any = torch
     compile_ = torch.compile
     if on_cpu:  # Megatron's fused helpers compile at import (2 s) and at first use (3 to 25 s each); none is used here
@@ -81,7 +82,6 @@ def _core() -> Any:
             from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
     finally:
         torch_module.compile = compile_
-    logging.getLogger("megatron").setLevel(logging.ERROR)
     # Megatron calls collectives by names that torch 2.13 has renamed; one warning a process and name.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     _mend_torch_adam(DistributedOptimizer)
