@@ -155,21 +155,27 @@ class TrainVaeConfig(Section):
     out: ConfigPath = Field(description="folder that the finished autoencoder is written to")
     class_name: str = Field(description="diffusers autoencoder class, such as AutoencoderKLCosmos")
     arch: dict[str, Any] = Field(description="arguments of that class")
-    weights_dtype: Literal["float32", "float16", "bfloat16"] = Field("float32", description="dtype of the stored weights")
+    weights_dtype: Literal["float32", "float16", "bfloat16"] = Field(
+        "float32", description="dtype of the stored weights"
+    )
     steps: int = Field(ge=1, description="optimizer steps")
     batch_clips: int = Field(4, ge=1, description="clips a step, all of one size")
-    window_frames: int | None = Field(None, ge=1, description="train on random windows of this many frames; None: whole clips")
+    window_frames: int | None = Field(None, ge=1, description="train on windows of this many frames; None: whole clips")
     crop_px: int | None = Field(
-        None, ge=1, description="and on random crops of this side; not for classes that pool over the frame (AutoencoderKLCosmos)"
+        None, ge=1, description="and on crops of this side; not for classes that pool over frames (AutoencoderKLCosmos)"
     )
     lr: float = Field(
         0.03, gt=0, description="of Muon, at its peak: linear warm-up over 100 steps, then cosine decay to 1 % of it"
     )
     l1_weight: float = Field(0.0, ge=0, description="weight of the mean absolute error beside the mean squared error")
-    kl_weight: float = Field(1e-4, ge=0, description="weight of KL(posterior || unit normal), mean per latent value")
-    latent_noise: float = Field(
-        0.1, gt=0, description="standard deviation of the posterior for classes that learn none (AutoencoderKLCosmos)"
+    focus: float = Field(
+        0.8, ge=0, le=1, description="share of windows and crops that hold a certain moving pixel; others lie anywhere"
     )
+    recolour: float = Field(
+        0.5, ge=0, le=1, description="share of clips with permuted and inverted channels at the start, falling to 0"
+    )
+    kl_weight: float = Field(1e-4, ge=0, description="weight of KL(posterior || unit normal), mean per latent value")
+    latent_noise: float = Field(0.1, gt=0, description="standard deviation of the posterior; it is not learned")
     ema_decay: float = Field(0.998, ge=0, lt=1, description="the averaged weights are what is written")
     holdout_clips: int = Field(16, ge=0, description="clips (at most a fifth) kept out of training, to measure PSNR on")
     seed: int = Field(0, ge=0, lt=2**31)

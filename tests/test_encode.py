@@ -133,7 +133,9 @@ def test_any_number_of_tasks_in_any_order_makes_the_same_bytes(world: Path, whol
     assert content(config) == whole
 
 
-def test_a_rerun_does_only_what_is_missing(world: Path, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rerun_does_only_what_is_missing(
+    world: Path, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = prepared(world, "rerun")
     encode.run(config, task(config))
     encoded: list[str] = []
@@ -213,7 +215,9 @@ def test_other_settings_are_refused_by_field_and_change_nothing(
     assert content(config) == whole
 
 
-def test_another_vae_or_text_encoder_is_refused_by_its_hash(world: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
+def test_another_vae_or_text_encoder_is_refused_by_its_hash(
+    world: Path, whole: dict[str, bytes], tmp_path: Path
+) -> None:
     from safetensors.torch import load_file, save_file
 
     (tmp_path / "vae").mkdir()
@@ -245,7 +249,9 @@ def test_no_manifest_or_no_models_is_one_line(world: Path) -> None:
         encode.run(config, task(config))
 
 
-def test_the_manifest_may_grow_and_only_the_last_shard_is_made_again(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_manifest_may_grow_and_only_the_last_shard_is_made_again(
+    world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from sorahpc.data.manifest import read_manifest, write_manifest
 
     config = prepared(world, "grown")

@@ -34,7 +34,9 @@ def test_the_tiny_t5_has_the_same_bytes_for_the_same_seed_and_captions_in_any_or
 def test_embeddings_are_unpadded_float32_with_an_eos_and_do_not_depend_on_their_neighbours(tiny: Path) -> None:
     text = load_text(tiny, max_tokens=32)
     assert text.id == "T5EncoderModel" and text.dim == 64 and len(text.weights_sha256) == 64
-    both = text.encode(["a small red circle moves left slowly", "", "a large blue square moves up fast, bounces off the wall"])
+    both = text.encode(
+        ["a small red circle moves left slowly", "", "a large blue square moves up fast, bounces off the wall"]
+    )
     assert [tuple(x.shape) for x in both] == [(8, 64), (1, 64), (13, 64)]
     assert all(x.dtype == torch.float32 and x.device.type == "cpu" for x in both)
     assert torch.equal(text.encode(["a small red circle moves left slowly"])[0], both[0])
@@ -104,7 +106,7 @@ def test_umt5_loads_by_the_same_code(tiny: Path, tmp_path: Path) -> None:
     [
         (lambda f: [p.unlink() for p in f.iterdir()] and f.rmdir(), "no folder"),
         (lambda f: (f / "config.json").unlink(), "config.json"),
-        (lambda f: (f / "config.json").write_text('{"model_type": "bert"}'), "model_type .*expected one of t5, umt5, found 'bert'"),
+        (lambda f: (f / "config.json").write_text('{"model_type": "bert"}'), "expected one of t5, umt5, found 'bert'"),
         (lambda f: (f / "model.safetensors").unlink(), "no model.safetensors"),
         (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "safetensors only"),
         (lambda f: (f / "model.safetensors").write_bytes(b"\x80\x04nonsense"), "doesn't load"),

@@ -10,9 +10,9 @@ A shard is written under a temporary name, closed, opened again and verified, fs
 a shard that exists is done, and a kill leaves at worst a `.part` file that nobody reads. Its name is a hash of its
 clips' keys, so the plan of a cache is a pure function of the manifest, for any number of workers.
 
-Inside a shard there is one dataset a latent shape, `latents/CxTxHxW` [N,C,T,H,W], chunk = one sample, no filter, so that
-a sample is one run of bytes; `text` [sum of L_i, dim], embeddings without padding; and one-dimensional datasets with a
-value a sample (`keys`, `captions`, `shapes`, ...). Values are fp16, or bf16 as uint16 with the attribute
+Inside a shard there is one dataset a latent shape, `latents/CxTxHxW` [N,C,T,H,W], chunk = one sample, no filter, so
+that a sample is one run of bytes; `text` [sum of L_i, dim], embeddings without padding; and one-dimensional datasets
+with a value a sample (`keys`, `captions`, `shapes`, ...). Values are fp16, or bf16 as uint16 with the attribute
 `torch_dtype`. Any HDF5 tool reads them. Offsets are resolved through HDF5 once, into the index; from then on a read is
 two `preadv` calls without HDF5 and without its global lock.
 """
@@ -82,7 +82,7 @@ def _h5py() -> Any:
 
 
 def pin_info(folder: Path, info: dict[str, Any]) -> None:
-    """Create cache.json with `info`, or hold `info` against the one that is there. Whichever worker is first creates it.
+    """Create cache.json with `info`, or hold `info` against the one that is there. The first worker creates it.
 
     Raises:
         DataError: the cache was made with another key; one line a field: its name, expected, found.
@@ -252,7 +252,7 @@ class ShardWriter:
         what = f"{shown(source)}: sample {key}:"
         z = _to_bits(latent.float(), self.dtype, f"{what} latent")
         e = _to_bits(text.float(), self.dtype, f"{what} text embedding")
-        # Of the values as stored, since those are what training sees. In float64 the sums are good to 1e-9 for any clip.
+        # Of the values as stored, since training sees those. In float64 the sums are good to 1e-9 for any clip.
         stored = _from_bits(z.tobytes(), self.dtype).reshape(z.shape).double().flatten(1)
         self.samples.append(
             {
@@ -301,7 +301,10 @@ class ShardWriter:
             for shape in shapes:
                 members = [s for s in self.samples if s["z"].shape == shape]
                 data = f.create_dataset(
-                    "latents/" + "x".join(map(str, shape)), (len(members), *shape), members[0]["z"].dtype, chunks=(1, *shape)
+                    "latents/" + "x".join(map(str, shape)),
+                    (len(members), *shape),
+                    members[0]["z"].dtype,
+                    chunks=(1, *shape),
                 )
                 data.attrs["torch_dtype"] = self.dtype
                 for row, sample in enumerate(members):
@@ -321,15 +324,23 @@ class ShardWriter:
                 "text_offsets": np.cumsum([0, *lengths], dtype="<i8"),
                 "text_crc32": np.array([s["e_crc"] for s in self.samples], "<u4"),
                 "fps": np.array([s["fps"] for s in self.samples], "<f8"),
-                "stats/sum": np.sum([s["sum"] for s in self.samples], axis=0) if self.samples else np.zeros(self.channels),
-                "stats/sumsq": np.sum([s["sumsq"] for s in self.samples], axis=0) if self.samples else np.zeros(self.channels),
+                "stats/sum": np.sum([s["sum"] for s in self.samples], axis=0)
+                if self.samples
+                else np.zeros(self.channels),
+                "stats/sumsq": np.sum([s["sumsq"] for s in self.samples], axis=0)
+                if self.samples
+                else np.zeros(self.channels),
                 "stats/count": np.array(sum(s["count"] for s in self.samples), "<i8"),  # values a channel
             }
             for name, values in column.items():
                 f.create_dataset(name, data=values)
             for name in ("caption", "source"):
-                f.create_dataset(f"{name}s", data=[s[name] for s in self.samples], shape=(len(self.samples),), dtype=text)
-            f.create_dataset("rejected", data=[json.dumps(r) for r in self.rejected], shape=(len(self.rejected),), dtype=text)
+                f.create_dataset(
+                    f"{name}s", data=[s[name] for s in self.samples], shape=(len(self.samples),), dtype=text
+                )
+            f.create_dataset(
+                "rejected", data=[json.dumps(r) for r in self.rejected], shape=(len(self.rejected),), dtype=text
+            )
 
     def _verify(self, part: Path, rows: list[dict[str, Any]]) -> None:
         expected = [(s["key"], s["z_crc"], s["e_crc"], s["caption"]) for s in self.samples]
@@ -344,7 +355,9 @@ class ShardWriter:
                 ):
                     f.seek(start)
                     if zlib.crc32(f.read(count)) != crc:
-                        raise DataError(f"{shown(part)}: sample {row['key']} doesn't read back as it was written; run again")
+                        raise DataError(
+                            f"{shown(part)}: sample {row['key']} doesn't read back as it was written; run again"
+                        )
 
 
 def write_empty_text(folder: Path, text: torch.Tensor, dtype: str) -> None:
@@ -396,20 +409,29 @@ def read_shard(path: Path, channels: int, text_dim: int, dtype: str) -> Shard:
                 need(isinstance(data, h5py.Dataset), f"`{name}` is missing")
                 need(data.dtype == np.dtype(kind), f"`{name}`: dtype {kind} expected, found {data.dtype}")
                 fits = data.ndim == len(shape) and all(w in (None, n) for n, w in zip(data.shape, shape, strict=True))
-                need(fits and data.size <= 4 * _MAX_SAMPLES, f"`{name}`: shape {list(shape)} expected, found {data.shape}")
+                need(
+                    fits and data.size <= 4 * _MAX_SAMPLES,
+                    f"`{name}`: shape {list(shape)} expected, found {data.shape}",
+                )
                 return np.asarray(data[()])
 
             def strings(name: str, count: int | None) -> list[str]:
                 data = f.get(name)
                 need(isinstance(data, h5py.Dataset) and h5py.check_string_dtype(data.dtype), f"`{name}`: no strings")
-                need(data.ndim == 1 and data.size <= _MAX_SAMPLES and count in (None, data.size), f"`{name}`: {data.shape}")
+                need(
+                    data.ndim == 1 and data.size <= _MAX_SAMPLES and count in (None, data.size),
+                    f"`{name}`: {data.shape}",
+                )
                 return [bytes(v)[: 8 * MAX_CAPTION_CHARS].decode("utf-8", "replace") for v in data[()]]
 
             keys = [k.decode("ascii", "replace") for k in column("keys", (None,), "S16")]
             n = len(keys)
             need(all(_KEY.fullmatch(k) for k in keys) and len(set(keys)) == n, "`keys`: 16 hex digits each, once")
             shapes = column("shapes", (n, 4), "<i8")
-            need(((shapes >= 1) & (shapes <= _MAX_SIDE)).all() and (shapes[:, 0] == channels).all(), "`shapes`: out of range")
+            need(
+                ((shapes >= 1) & (shapes <= _MAX_SIDE)).all() and (shapes[:, 0] == channels).all(),
+                "`shapes`: out of range",
+            )
             rows_of, stored = column("rows", (n,), "<i8"), column("byte_offsets", (n,), "<i8")
             crc, text_crc = column("latent_crc32", (n,), "<u4"), column("text_crc32", (n,), "<u4")
             bounds, fps = column("text_offsets", (n + 1,), "<i8"), column("fps", (n,), "<f8")
@@ -422,8 +444,12 @@ def read_shard(path: Path, channels: int, text_dim: int, dtype: str) -> Shard:
             text_at = 0
             if n:
                 text = f.get("text")
-                need(isinstance(text, h5py.Dataset) and text.shape == (int(bounds[-1]), text_dim), "`text`: wrong shape")
-                need(text.dtype.itemsize == 2 and text.chunks is None, "`text`: two bytes a value, contiguous, expected")
+                need(
+                    isinstance(text, h5py.Dataset) and text.shape == (int(bounds[-1]), text_dim), "`text`: wrong shape"
+                )
+                need(
+                    text.dtype.itemsize == 2 and text.chunks is None, "`text`: two bytes a value, contiguous, expected"
+                )
                 found_at = text.id.get_offset()
                 need(found_at is not None, "`text`: has no bytes in the file")
                 text_at = int(found_at)
@@ -436,7 +462,9 @@ def read_shard(path: Path, channels: int, text_dim: int, dtype: str) -> Shard:
                 need(plain and data.dtype.itemsize == 2, f"latents of {shape}: one unfiltered sample a chunk expected")
                 chunks: list[Any] = []
                 data.id.chunk_iter(chunks.append)
-                tables[shape] = {int(c.chunk_offset[0]): int(c.byte_offset) for c in chunks if c.size == 2 * math.prod(shape)}
+                tables[shape] = {
+                    int(c.chunk_offset[0]): int(c.byte_offset) for c in chunks if c.size == 2 * math.prod(shape)
+                }
             rows = []
             for i, key in enumerate(keys):
                 shape = tuple(int(v) for v in shapes[i])
@@ -447,13 +475,17 @@ def read_shard(path: Path, channels: int, text_dim: int, dtype: str) -> Shard:
                     {
                         "key": key, "channels": shape[0], "frames": shape[1], "height": shape[2], "width": shape[3],
                         "latent_offset": offset, "latent_crc32": int(crc[i]),
-                        "text_offset": text_at + 2 * text_dim * int(bounds[i]), "text_len": int(bounds[i + 1] - bounds[i]),
-                        "text_crc32": int(text_crc[i]), "fps": float(fps[i]), "caption": captions[i], "source": sources[i],
+                        "text_offset": text_at + 2 * text_dim * int(bounds[i]),
+                        "text_len": int(bounds[i + 1] - bounds[i]), "text_crc32": int(text_crc[i]),
+                        "fps": float(fps[i]), "caption": captions[i], "source": sources[i],
                     }
                 )  # fmt: skip
             rejected = [json.loads(line) for line in strings("rejected", None)]
             fields = {"key", "source", "reason"}
-            need(all(isinstance(r, dict) and set(r) == fields for r in rejected), "`rejected`: fields key, source, reason")
+            need(
+                all(isinstance(r, dict) and set(r) == fields for r in rejected),
+                "`rejected`: fields key, source, reason",
+            )
             return Shard(rows, rejected, total, squares, count)
     except FileNotFoundError:
         raise DataError(f"{shown(path)}: no such shard; run `sorahpc encode`") from None
@@ -548,6 +580,10 @@ class LatentCache:
         channels, text_dim: int.
     """
 
+    _files: OrderedDict[str, _File]
+    _pid: int
+    _lock: threading.Lock
+
     def __init__(self, path: str | Path, expect: dict[str, Any] | None = None) -> None:
         """
         Args:
@@ -603,7 +639,9 @@ class LatentCache:
                     break
                 done += got
         except OSError as error:
-            raise DataError(f"{shown(self.path / name)}: sample {self.keys[i]}: can't read its {what}: {error.strerror}") from None
+            raise DataError(
+                f"{shown(self.path / name)}: sample {self.keys[i]}: can't read its {what}: {error.strerror}"
+            ) from None
         if done < nbytes or zlib.crc32(data) != crc:
             why = f"{done} of {nbytes} bytes" if done < nbytes else "crc32 differs"
             raise DataError(
@@ -615,7 +653,8 @@ class LatentCache:
     def _file(self, name: str) -> _File:
         with self._lock:
             if self._pid != os.getpid():  # after a fork: positions aren't shared by pread, but let each own its files
-                self._files, self._pid = OrderedDict(), os.getpid()
+                self._files.clear()
+                self._pid = os.getpid()
             file = self._files.pop(name, None) or _File(self.path / name)
             self._files[name] = file
             if len(self._files) > MAX_OPEN_SHARDS:
@@ -623,7 +662,7 @@ class LatentCache:
             return file
 
     def _forget_files(self) -> None:
-        self._files: OrderedDict[str, _File] = OrderedDict()
+        self._files = OrderedDict()
         self._pid = os.getpid()
         self._lock = threading.Lock()
         # A fork while another thread holds the lock would leave the child's locked for ever.
@@ -675,7 +714,10 @@ class LatentCache:
 
         self.keys: list[str] = table.column("key").to_pylist()
         need(self.keys, "no sample in it")
-        need(all(_KEY.fullmatch(k) for k in self.keys) and len(set(self.keys)) == len(self.keys), "keys: 16 hex, once each")
+        need(
+            all(_KEY.fullmatch(k) for k in self.keys) and len(set(self.keys)) == len(self.keys),
+            "keys: 16 hex, once each",
+        )
         self.captions: list[str] = table.column("caption").to_pylist()
         self.sources: list[str] = table.column("source").to_pylist()
         self.fps = column("fps", np.float64)
@@ -692,13 +734,17 @@ class LatentCache:
         # In float64: a product of hostile sizes must not wrap around.
         ends = self._latent_offset + 2.0 * self.shapes.astype(float).prod(axis=1)
         text_ends = self._text_offset + 2.0 * self.text_lens * self.text_dim
-        need((self._latent_offset >= 0).all() and (ends <= sizes[self._shard_of]).all(), "a latent ends after its shard")
+        need(
+            (self._latent_offset >= 0).all() and (ends <= sizes[self._shard_of]).all(), "a latent ends after its shard"
+        )
         need((self.text_lens >= 1).all() and (self._text_offset >= 0).all(), "text: length or offset out of range")
         need((text_ends <= sizes[self._shard_of]).all(), "a text embedding ends after its shard")
         stats = [meta.get(n) for n in ("mean", "std")]
         for values in stats:
             fits = isinstance(values, list) and len(values) == self.channels
-            need(fits and all(isinstance(v, float) and math.isfinite(v) for v in values), "statistics: a float a channel")
+            need(
+                fits and all(isinstance(v, float) and math.isfinite(v) for v in values), "statistics: a float a channel"
+            )
         self.mean, self.std = (torch.tensor(values, dtype=torch.float32) for values in stats)
         need(bool((self.std > 0).all()), "statistics: std must be above 0")
 
@@ -707,8 +753,15 @@ class LatentCache:
         try:
             with _h5py().File(path, "r", locking=False) as f:
                 data = f["text"]
-                if data.ndim != 2 or data.shape[1] != self.text_dim or not 1 <= data.shape[0] <= 65_536 or data.dtype.itemsize != 2:
-                    raise ValueError(f"[L,{self.text_dim}] of two bytes a value expected, found {data.shape} {data.dtype}")
+                if (
+                    data.ndim != 2
+                    or data.shape[1] != self.text_dim
+                    or not 1 <= data.shape[0] <= 65_536
+                    or data.dtype.itemsize != 2
+                ):
+                    raise ValueError(
+                        f"[L,{self.text_dim}] of two bytes a value expected, found {data.shape} {data.dtype}"
+                    )
                 bits, crc = np.ascontiguousarray(data[()]).tobytes(), int(data.attrs["crc32"])
         except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
             first = (str(error).splitlines() or ["unreadable"])[0]

@@ -45,8 +45,8 @@ def run(config: Config, task: Task) -> None:
     """Make this task's missing shards, and the index if it finds all of them.
 
     Raises:
-        ConfigError: sections or model folders missing. DataError: no manifest or no usable clip, or the cache folder was
-        made with other settings. Stopped: between two clips, on request.
+        ConfigError: sections or model folders missing. DataError: no manifest or no usable clip, or the cache folder
+        was made with other settings. Stopped: between two clips, on request.
     """
     config.need("vae", "text")
     assert config.vae is not None and config.text is not None

@@ -1,12 +1,17 @@
 """Train a small video autoencoder on the clips of a manifest: ``sorahpc train-vae CONFIG``.
 
 One process. All clips are decoded once and kept in memory as uint8, so this is for toy worlds and small folders. Loss:
-squared error (+ absolute error) of the pixels in [-1, 1], and the KL of the posterior to a unit normal. Classes whose
-encoder gives no variance (AutoencoderKLCosmos) get a fixed one: noise of `latent_noise` is added to the latent, and
-the KL is then the square of the mean, so latents come out smooth, near unit scale, and tolerant of a sampler's errors.
+squared error (+ absolute error) of the pixels in [-1, 1], and the KL of the posterior to a unit normal. The posterior's
+variance is fixed, not learned: noise of `latent_noise` is added to the latent, so that latents come out near unit
+scale and tolerant of a sampler's errors by a stated amount, for every class (AutoencoderKLCosmos gives no variance).
 
 Matrices and convolutions are trained by Muon (momentum, then the nearest orthogonal matrix), biases and gains by Adam:
 on the toy world 800 steps of it reached 24.3 dB where Adam alone reached 21.6 dB, in the same time.
+
+Windows and crops are put around moving pixels mostly (`focus`): a still background soon has nothing left to teach.
+Where colours are in small objects on grey, an autoencoder learns brightness first and stays blind to colour for
+hundreds of steps. A share of the clips, falling to none at the end, therefore has its channels permuted and inverted at
+random (`recolour`), so that large areas have colour too.
 
 State is saved every `save_every` steps (safetensors: no pickle) and a rerun goes on from it. The batch of a step is a
 pure function of (seed, step).
@@ -32,6 +37,7 @@ from sorahpc.runs import Task, atomic_write, write_json
 log = logging.getLogger(__name__)
 
 WARMUP_STEPS = 100
+MOVING_LEVELS = 24  # of 255: above what H.264 and slow changes of light do to a pixel at rest
 ADAM_SHARE = 0.1  # Adam's learning rate as a share of Muon's
 
 
@@ -88,25 +94,32 @@ class Trainer:
         self.ema = {k: v.detach().clone() for k, v in vae.module.state_dict().items()}
         window = vae.floor_frames(spec.window_frames) if spec.window_frames else None
         crop = spec.crop_px // vae.stride[1] * vae.stride[1] if spec.crop_px else None
-        buckets: dict[tuple[int, ...], list[np.ndarray]] = {}
+        buckets: dict[tuple[int, ...], list[tuple[np.ndarray, np.ndarray]]] = {}
         for clip in clips:
             most = (window or len(clip), crop or clip.shape[1], crop or clip.shape[2])
-            buckets.setdefault(tuple(map(min, most, clip.shape[:3])), []).append(clip)
+            buckets.setdefault(tuple(map(min, most, clip.shape[:3])), []).append((clip, moving_pixels(clip)))
         self.sizes = sorted(buckets)  # (T,H,W) of what is cut out of the clips of each bucket
         self.buckets = [buckets[size] for size in self.sizes]
 
     def _batch(self) -> torch.Tensor:
-        """[B,3,T,H,W] in [-1, 1]: a bucket by its share of the clips, then clips, windows, crops and mirrorings at random."""
+        """[B,3,T,H,W] in [-1, 1]: a bucket by its share of the clips, then clips and what is cut out of them."""
         rng = np.random.default_rng([self.spec.seed, self.step])
         counts = np.array([len(b) for b in self.buckets], dtype=float)
         k = int(rng.choice(len(counts), p=counts / counts.sum()))
         clips = []
         for i in rng.integers(len(self.buckets[k]), size=self.spec.batch_clips):
-            clip = self.buckets[k][i]
-            at = [int(rng.integers(n - m + 1)) for n, m in zip(clip.shape[:3], self.sizes[k], strict=True)]
+            clip, moving = self.buckets[k][i]
+            low, high = np.zeros(3, np.int64), np.subtract(clip.shape[:3], self.sizes[k])
+            if len(moving) and rng.random() < self.spec.focus:
+                pixel = moving[rng.integers(len(moving))]
+                low, high = np.maximum(low, pixel - self.sizes[k] + 1), np.minimum(high, pixel)
+            at = rng.integers(low, high + 1)
             t, y, x = (slice(a, a + m) for a, m in zip(at, self.sizes[k], strict=True))
             clip = clip[t, y, x]
-            clips.append(clip[:, :, ::-1] if rng.random() < 0.5 else clip)
+            clip = clip[:, :, ::-1] if rng.random() < 0.5 else clip
+            if rng.random() < self.spec.recolour * (1 - self.step / self.spec.steps):
+                clip = clip[..., rng.permutation(3)] ^ (255 * rng.integers(2, size=3)).astype(np.uint8)
+            clips.append(clip)
         batch = torch.from_numpy(np.stack(clips)).to(self.device)
         return batch.permute(0, 4, 1, 2, 3).float() / 127.5 - 1
 
@@ -118,21 +131,17 @@ class Trainer:
         """
         spec = self.spec
         x = self._batch()
-        posterior = self.vae.module.encode(x).latent_dist
-        mean = posterior.mode()
-        if hasattr(posterior, "logvar"):
-            z, kl = posterior.sample(), posterior.kl().sum() / mean.numel()
-        else:
-            z = mean + spec.latent_noise * torch.randn(
-                mean.shape, generator=torch.Generator().manual_seed(spec.seed * 1_000_003 + self.step)
-            ).to(mean.device)
-            var = spec.latent_noise**2
-            kl = 0.5 * (mean.square().mean() + var - 1 - math.log(var))
+        mean = self.vae.module.encode(x).latent_dist.mode()
+        noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(spec.seed * 1_000_003 + self.step))
+        z = mean + spec.latent_noise * noise.to(mean.device)
+        kl = 0.5 * (mean.square().mean() + spec.latent_noise**2 - 1) - math.log(spec.latent_noise)
         error = self.vae.module.decode(z, *self.vae._decode_args).sample - x
         mse = error.square().mean()
         loss = mse + spec.l1_weight * error.abs().mean() + spec.kl_weight * kl
         if not math.isfinite(loss.item()):
-            raise NumericsError(f"train_vae: loss {loss.item()} at step {self.step}; lower train_vae.lr (now {spec.lr})")
+            raise NumericsError(
+                f"train_vae: loss {loss.item()} at step {self.step}; lower train_vae.lr (now {spec.lr})"
+            )
         self.vae.module.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.vae.module.parameters(), 1.0)
@@ -151,7 +160,9 @@ class Trainer:
 
     def _key(self) -> str:
         """What a saved state must agree on: the class, its arguments, and what decides the batches."""
-        data = self.spec.model_dump(mode="json", exclude={"out", "weights_dtype", "save_every", "holdout_clips", "resources"})
+        data = self.spec.model_dump(
+            mode="json", exclude={"out", "weights_dtype", "save_every", "holdout_clips", "resources"}
+        )
         return config_hash(data)
 
     def save(self, path: Path) -> None:
@@ -178,7 +189,7 @@ class Trainer:
         try:
             with safe_open(str(path), "pt") as f:
                 meta = f.metadata() or {}
-                tensors = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118 - not a dict
+                tensors = {k: f.get_tensor(k) for k in f.keys()}
         except (OSError, SafetensorError) as error:
             raise DataError(f"{path}: can't be read ({error}); delete it to train from the start") from None
         if meta.get("key") != self._key():
@@ -195,6 +206,13 @@ class Trainer:
             optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
         self.step = int(meta["step"])
         log.info("resumed from %s at step %d", path, self.step)
+
+
+def moving_pixels(clip: np.ndarray, most: int = 512) -> np.ndarray:
+    """(t, y, x) of up to `most` pixels, evenly picked, that differ from the clip's median over time: int64 [n,3]."""
+    away = np.abs(clip.astype(np.int16) - np.median(clip, axis=0).astype(np.int16)).max(axis=-1) > MOVING_LEVELS
+    found = np.argwhere(away)
+    return found[np.linspace(0, len(found) - 1, min(most, len(found))).astype(int)]
 
 
 class Muon(torch.optim.Optimizer):
@@ -254,7 +272,9 @@ def _psnr(mse_of_unit_range: float) -> float:
     return -10 * math.log10(max(mse_of_unit_range, 1e-10))
 
 
-def _load_clips(config: Config, vae: Vae, spec: TrainVaeConfig, task: Task) -> tuple[list[np.ndarray], list[np.ndarray]]:
+def _load_clips(
+    config: Config, vae: Vae, spec: TrainVaeConfig, task: Task
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """(held out, for training): uint8 [T,H,W,3] clips of the manifest's usable videos, decoded once."""
     clip: ClipConfig = config.clip
     videos = [v for v in read_manifest(config.run_dir / "manifest.parquet") if v.status == "ok"]
@@ -268,7 +288,9 @@ def _load_clips(config: Config, vae: Vae, spec: TrainVaeConfig, task: Task) -> t
         except DataError as error:
             log.warning("left out: %s", error)
     if not clips:
-        raise DataError(f"{config.run_dir / 'manifest.parquet'}: no usable clip among {len(videos)} videos with status ok")
+        raise DataError(
+            f"{config.run_dir / 'manifest.parquet'}: no usable clip among {len(videos)} videos with status ok"
+        )
     held = min(spec.holdout_clips, len(clips) // 5)
     log.info("%d clips decoded (%d MB), %d held out", len(clips), sum(c.nbytes for c in clips) >> 20, held)
     return clips[:held], clips[held:]

@@ -77,13 +77,17 @@ def load_text(
     """
     folder = Path(path)
     if not folder.is_dir():
-        raise ConfigError(f"text.path: no folder {folder}; expected a local T5 encoder (config.json, safetensors, tokenizer)")
+        raise ConfigError(
+            f"text.path: no folder {folder}; expected a local T5 encoder (config.json, safetensors, tokenizer)"
+        )
     try:
         kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise ConfigError(f"text.path: no readable config.json with a model_type in {folder}") from None
     if kind not in _CLASSES:
-        raise ConfigError(f"text.path: model_type in {folder}/config.json: expected one of {', '.join(_CLASSES)}, found {kind!r}")
+        raise ConfigError(
+            f"text.path: model_type in {folder}/config.json: expected one of {', '.join(_CLASSES)}, found {kind!r}"
+        )
     files = weight_files(folder, WEIGHTS, "text.path")
     places = [folder, folder.parent / "tokenizer"]
     place = next((p for p in places if any((p / name).is_file() for name in _TOKENIZER_FILES)), None)
@@ -92,9 +96,15 @@ def load_text(
     sha256 = sha256_files([*files, *(place / n for n in _TOKENIZER_FILES if (place / n).is_file())])
     transformers = _transformers()
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(str(place), local_files_only=True, trust_remote_code=False)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            str(place), local_files_only=True, trust_remote_code=False
+        )
         model, info = getattr(transformers, _CLASSES[kind]).from_pretrained(
-            str(folder), dtype=getattr(torch, dtype), use_safetensors=True, local_files_only=True, output_loading_info=True
+            str(folder),
+            dtype=getattr(torch, dtype),
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
         )
     except Exception as error:  # what a broken folder raises is any of a dozen types
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -102,7 +112,9 @@ def load_text(
     # Unexpected keys are fine: a whole T5 has a decoder too.
     faults = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
     if faults:
-        raise ConfigError(f"text.path: {folder}: the weights lack {len(faults)} tensors of config.json, such as {faults[0]}")
+        raise ConfigError(
+            f"text.path: {folder}: the weights lack {len(faults)} tensors of config.json, such as {faults[0]}"
+        )
     return TextEncoder(model.to(device).eval().requires_grad_(False), tokenizer, sha256, max_tokens)
 
 
@@ -160,7 +172,12 @@ def make_tiny_t5(folder: str | Path, captions: Sequence[str], dim: int = 64, see
             value = value * 0.2
         if name != "encoder.embed_tokens.weight":  # the same tensor as shared.weight
             state[name] = value.contiguous()
-    names = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    names = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "pad_token": "<pad>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+    }
     atomic_write(folder / WEIGHTS, save(state, metadata={"format": "pt"}))
     atomic_write(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
     write_json(folder / "tokenizer_config.json", {**names, "model_max_length": 512})

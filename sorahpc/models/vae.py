@@ -29,7 +29,7 @@ MAX_JSON_BYTES = 64 << 20  # an index of shards is some hundred kB; more is not 
 
 @dataclass(frozen=True)
 class _Rule:
-    """How a class's config says its latent channels, its stride (t, h, w), and the unit u of the clip lengths k u + 1."""
+    """How a class's config says its latent channels and its stride, and the unit u of the clip lengths k u + 1."""
 
     channels: str
     stride: Callable[[dict[str, Any]], tuple[int, int]]  # config -> (temporal, spatial)
@@ -158,7 +158,9 @@ class Vae:
             clip = x.cpu().contiguous().numpy()
         expected = ((frames - 1) * t + 1, height * h, width * w, 3)
         if clip.shape != expected:
-            raise ConfigError(f"vae: {self.id} decoded {list(latent.shape)} to {list(clip.shape)}, not {list(expected)}")
+            raise ConfigError(
+                f"vae: {self.id} decoded {list(latent.shape)} to {list(clip.shape)}, not {list(expected)}"
+            )
         return clip
 
 
@@ -224,10 +226,15 @@ def load_vae(path: str | Path, dtype: str = "float32", device: str | torch.devic
     """
     folder = Path(path)
     if not folder.is_dir():
-        raise ConfigError(f"vae.path: no folder {folder}; expected a local diffusers autoencoder (config.json + safetensors)")
+        raise ConfigError(
+            f"vae.path: no folder {folder}; expected a local diffusers autoencoder (config.json + safetensors)"
+        )
     if not (folder / "config.json").is_file():
         raise ConfigError(f"vae.path: no config.json in {folder}; expected a local diffusers autoencoder")
-    cls = _class(_read_json(folder / "config.json", "vae.path").get("_class_name"), f"vae.path: {folder}/config.json: _class_name")
+    cls = _class(
+        _read_json(folder / "config.json", "vae.path").get("_class_name"),
+        f"vae.path: {folder}/config.json: _class_name",
+    )
     files = weight_files(folder, WEIGHTS, "vae.path")
     sha256 = sha256_files(files)
     torch_dtype = getattr(torch, dtype)
