@@ -30,7 +30,7 @@ def _model(mesh: Any, model: ModelConfig = MODEL, *, wake: bool = True) -> DiT:
     return dit
 
 
-@pytest.mark.parametrize("position", ["rope3d", "sincos3d"])
+@pytest.mark.parametrize("position", ["rope3d", "sincos3d", "both"])
 def test_a_sample_does_not_feel_its_neighbours_in_the_pack(mesh: Any, position: str) -> None:
     model = ModelConfig(depth=2, dim=96, num_heads=4, position=position)
     dit, batch = _model(mesh, model), _batch(0)

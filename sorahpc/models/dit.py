@@ -103,7 +103,7 @@ class Pack:
     ) -> None:
         self.grids, self.text_lens = grids, text_lens
         self.lens: list[int] = grids.prod(-1).tolist()
-        self.rope = (model.rope_axes, model.theta) if model.position == "rope3d" else None
+        self.rope = (model.rope_axes, model.theta) if model.position != "sincos3d" else None
         starts = torch.cumsum(torch.tensor([0, *self.lens]), 0)
         if mesh.sp:  # this rank's part of each sample; zero for most
             share = int(starts[-1]) // mesh.tp_size
@@ -177,7 +177,7 @@ class DiT(nn.Module):
         pack = Pack(grids, text_lens, self.model, self.mesh, tokens.device)
 
         x = self.x_embed(megatron.local_tokens(tokens.to(self.dtype), self.mesh))  # [l, M]
-        if self.model.position == "sincos3d":
+        if self.model.position != "rope3d":
             positions = ops.sincos3d(grids, self.model.dim, self.model.theta).to(x)
             x = x + megatron.local_tokens(positions, self.mesh)
         c = F.silu(self.t_embed(ops.timestep_embedding(t, TIMESTEP_DIM).to(self.dtype)))  # [S, M]
