@@ -197,7 +197,9 @@ class ModelConfig(Section):
     num_heads: int = Field(ge=1)
     mlp_ratio: float = Field(4.0, gt=0)
     patch: tuple[int, int, int] = Field((1, 2, 2), description="patch size (pt, ph, pw) on the latent")
-    position: Literal["rope3d", "sincos3d"] = Field("rope3d", description="how tokens know their place")
+    position: Literal["rope3d", "sincos3d", "both"] = Field(
+        "rope3d", description="how tokens know their place: relative (rope3d), absolute (sincos3d), or both"
+    )
     axes_dim: tuple[int, int, int] | None = Field(
         None, description="split of the head dim over (T, H, W) for rope3d; None: near (1/4, 3/8, 3/8)"
     )
@@ -227,8 +229,8 @@ class ModelConfig(Section):
         axes = self.rope_axes
         if sum(axes) != self.head_dim or any(a % 2 or a < 0 for a in axes):
             raise ValueError(f"axes_dim: three even numbers summing to the head dim {self.head_dim}, not {axes}")
-        if self.position == "sincos3d" and self.dim % 6:
-            raise ValueError(f"dim: a multiple of 6 for position=sincos3d, not {self.dim}")
+        if self.position != "rope3d" and self.dim % 6:
+            raise ValueError(f"dim: a multiple of 6 for position={self.position}, not {self.dim}")
         return self
 
 
