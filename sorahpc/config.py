@@ -277,7 +277,8 @@ class TrainConfig(Section):
             )
         if self.warmup_steps + self.decay_steps > self.steps:
             raise ValueError(
-                f"warmup_steps: warmup_steps {self.warmup_steps} + decay_steps {self.decay_steps} at most steps {self.steps}"
+                f"warmup_steps: warmup_steps {self.warmup_steps} + decay_steps {self.decay_steps} at most "
+                f"steps {self.steps}"
             )
         return self
 
@@ -285,7 +286,7 @@ class TrainConfig(Section):
 class SampleConfig(Section):
     """Checkpoint + prompts -> mp4 files."""
 
-    prompts: ConfigPath = Field(description="text file with a prompt a line, or JSONL with `prompt` and optional settings")
+    prompts: ConfigPath = Field(description="text file, a prompt a line, or JSONL with `prompt` and optional settings")
     out: ConfigPath | None = Field(None, description="folder for the samples; None: <run>/samples")
     checkpoint: ConfigPath | None = Field(None, description="checkpoint folder; None: the run's newest")
     frames: int = Field(17, ge=1, description="frames, as the VAE takes them (4k+1)")
@@ -327,7 +328,8 @@ class ClusterConfig(Section):
     """Where jobs run. Values that reach a script are held to an allow-list of characters."""
 
     kind: Literal["inline", "local", "slurm"] = Field(
-        "local", description="inline: in this process (one rank); local: processes of this machine; slurm: through submitit"
+        "local",
+        description="inline: in this process (one rank); local: processes of this machine; slurm: through submitit",
     )
     partition: SafeStr | None = None
     account: SafeStr | None = None
@@ -420,7 +422,7 @@ _Loader.add_implicit_resolver(
 
 def _parse(text: str, where: str) -> Any:
     try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 - _Loader is a SafeLoader
+        return yaml.load(text, Loader=_Loader)  # a SafeLoader
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
     except RecursionError:
@@ -458,7 +460,8 @@ def _named(kind: str, value: Any, base: Path) -> Any:
         if candidate.is_file():
             return _read_yaml(candidate)
     names = sorted(p.stem for p in folder.glob("*.yaml"))
-    raise ConfigError(f"{kind}: no file for {value!r}; expected a .yaml path or one of {', '.join(names)}{_near(value, names)}")
+    expected = f"a .yaml path or one of {', '.join(names)}{_near(value, names)}"
+    raise ConfigError(f"{kind}: no file for {value!r}; expected {expected}")
 
 
 def _near(word: str, words: list[str]) -> str:
@@ -497,7 +500,8 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = (), c
         shipped = shipped_dir() / f"{path}.yaml"
         names = sorted(p.stem for p in shipped_dir().glob("*.yaml"))
         if not shipped.is_file():
-            raise ConfigError(f"{path}: no such config; expected a .yaml file or one of {', '.join(names)}{_near(str(path), names)}")
+            expected = f"a .yaml file or one of {', '.join(names)}{_near(str(path), names)}"
+            raise ConfigError(f"{path}: no such config; expected {expected}")
         path = shipped
     data = _read_yaml(path)
     if cluster is not None:
