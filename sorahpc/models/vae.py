@@ -139,7 +139,12 @@ class Vae:
         with torch.inference_mode():
             x = torch.from_numpy(np.ascontiguousarray(frames)).to(self.device)
             x = x.permute(3, 0, 1, 2)[None].to(self.dtype) / 127.5 - 1
-            z = self.module.encode(x).latent_dist.mode()[0].float().cpu().contiguous()
+            try:
+                z = self.module.encode(x).latent_dist.mode()[0].float().cpu().contiguous()
+            except NotImplementedError as error:  # Haar patches in bfloat16 on the CPU, for one
+                raise ConfigError(
+                    f"vae.dtype: {self.id} can't compute in {self.dtype} on {self.device.type} ({error}); use float32"
+                ) from None
         if tuple(z.shape) != expected:
             raise ConfigError(
                 f"vae.path: {self.id} made a latent {list(z.shape)} where its config says {list(expected)}; "
@@ -165,7 +170,7 @@ class Vae:
 
 
 def _class(name: Any, where: str) -> Any:
-    if name not in _RULES:
+    if not isinstance(name, str) or name not in _RULES:
         raise ConfigError(f"{where}: expected one of {', '.join(CLASSES)}, found {name!r}")
     try:
         import diffusers  # a second of imports: only where a VAE is used
