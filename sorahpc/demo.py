@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from sorahpc.cluster.launch import describe_job, launch
+from sorahpc.cluster.launch import describe_job, launch, wait_for_slurm
 from sorahpc.config import Config, load_config
 from sorahpc.data.toyworld import COLOURS, DIRECTIONS, SHAPES, SIZES, SPEEDS
 from sorahpc.log import Progress, duration
@@ -58,7 +58,9 @@ def main(config: str = "demo", overrides: Sequence[str] = (), cluster: str | Non
             make(cfg)
     for job in JOBS:
         with stage(job):
-            code, _ = launch(cfg, describe_job(job))
+            code, job_id = launch(cfg, describe_job(job))
+            if job_id is not None:  # on Slurm a launch returns at once, and each stage needs the one before
+                code = wait_for_slurm(cfg, describe_job(job), job_id, progress=True)
         if code:
             return code
     with stage("report"):
