@@ -40,6 +40,9 @@ RunArg = Annotated[str, typer.Argument(metavar="RUN", help="Name of a run under 
 JobArg = Annotated[str | None, typer.Argument(metavar="[JOB]", help="One job of the run, such as train.")]
 
 
+MAX_REJECTED_SHOWN = 10
+
+
 def _say(value: Any, text: str, as_json: bool) -> None:
     print(json.dumps(value, indent=1) if as_json else text)
 
@@ -315,7 +318,7 @@ def data_toyworld(
 def data_tiny_t5(
     config: ConfigArg,
     overrides: Overrides = None,
-    dim: Annotated[int, typer.Option("--dim", min=8, help="Size of its embeddings.")] = 64,
+    dim: Annotated[int, typer.Option("--dim", min=16, help="Size of its embeddings, a multiple of 16.")] = 64,
     seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
     as_json: AsJson = False,
 ) -> int:
@@ -324,6 +327,8 @@ def data_tiny_t5(
     from sorahpc.data.manifest import MANIFEST, read_manifest
     from sorahpc.models.text import make_tiny_t5
 
+    if dim % 16:
+        raise ConfigError(f"--dim: expected a multiple of 16, found {dim}")
     loaded = load_config(config, overrides or [])
     loaded.need("text")
     assert loaded.text is not None

@@ -25,6 +25,7 @@ MAX_CONFIG_BYTES = 1 << 20
 # shell syntax: what can't be written can't be injected.
 SAFE_VALUE = re.compile(r"[A-Za-z0-9._:=,@%+/\[\]-]+")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+NAMED = ("cluster", "model")  # sections that may name a file
 
 
 def shipped_dir() -> Path:
@@ -69,6 +70,7 @@ def _check_name(text: str) -> str:
 ConfigPath = Annotated[Path, AfterValidator(_check_path)]
 SafeStr = Annotated[str, AfterValidator(_check_safe)]
 RunName = Annotated[str, AfterValidator(_check_name)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
@@ -195,7 +197,7 @@ class ModelConfig(Section):
     depth: int = Field(ge=1, description="number of blocks")
     dim: int = Field(ge=8, description="model dim M")
     num_heads: int = Field(ge=1)
-    mlp_ratio: float = Field(4.0, gt=0)
+    mlp_ratio: float = Field(4.0, gt=0, le=1000, description="hidden size of the MLP / dim")
     patch: tuple[int, int, int] = Field((1, 2, 2), description="patch size (pt, ph, pw) on the latent")
     position: Literal["rope3d", "sincos3d", "both"] = Field(
         "rope3d", description="how tokens know their place: relative (rope3d), absolute (sincos3d), or both"
@@ -211,6 +213,11 @@ class ModelConfig(Section):
         return self.dim // self.num_heads
 
     @property
+    def mlp_dim(self) -> int:
+        """Hidden size of the MLP."""
+        return round(self.dim * self.mlp_ratio)
+
+    @property
     def rope_axes(self) -> tuple[int, int, int]:
         """(T, H, W) split of the head dim, each even, summing to it."""
         if self.axes_dim is not None:
@@ -224,6 +231,8 @@ class ModelConfig(Section):
             raise ValueError(f"num_heads: a divisor of dim = {self.dim}, not {self.num_heads}")
         if self.head_dim % 2:
             raise ValueError(f"num_heads: dim / num_heads must be even, not {self.dim} / {self.num_heads}")
+        if self.mlp_dim < 1:
+            raise ValueError(f"mlp_ratio: at least 1 / dim = 1 / {self.dim}, not {self.mlp_ratio}")
         if min(self.patch) < 1:
             raise ValueError(f"patch: three sizes of at least 1, not {self.patch}")
         axes = self.rope_axes
@@ -246,7 +255,7 @@ class TrainConfig(Section):
     lr: float = Field(1e-4, gt=0)
     warmup_steps: int = Field(100, ge=0, description="linear warm-up, then constant")
     decay_steps: int = Field(0, ge=0, description="linear decay to 0 over the last steps; 0: constant to the end")
-    betas: tuple[float, float] = (0.9, 0.99)
+    betas: tuple[Beta, Beta] = Field((0.9, 0.99), description="of AdamW, each in [0, 1)")
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0)
     clip_grad: float = Field(1.0, gt=0, description="global gradient norm is clipped to this")
@@ -320,7 +329,7 @@ class DemoConfig(Section):
 
     clips: int = Field(ge=1, le=100_000, description="videos rendered into prepare.videos")
     prompts: int = Field(36, ge=1, le=10_000, description="captions written into sample.prompts, balanced")
-    text_dim: int = Field(64, ge=8, description="dim of the tiny T5 written into text.path")
+    text_dim: int = Field(64, ge=16, multiple_of=16, description="dim of the tiny T5 written into text.path")
     seed: int = Field(0, ge=0, lt=2**31, description="of the world and the T5's weights")
 
 
@@ -366,9 +375,14 @@ class Config(Section):
     demo: DemoConfig | None = None
 
     @model_validator(mode="after")
-    def _heads(self) -> Config:
+    def _tensor_parallel(self) -> Config:
         if self.model and self.train and self.model.num_heads % self.train.tp:
             raise ValueError(f"train.tp: a divisor of model.num_heads = {self.model.num_heads}, not {self.train.tp}")
+        if self.model and self.train and self.model.mlp_dim % self.train.tp:
+            raise ValueError(
+                f"train.tp: a divisor of the hidden size {self.model.mlp_dim} = model.dim {self.model.dim} x "
+                f"model.mlp_ratio {self.model.mlp_ratio}, not {self.train.tp}"
+            )
         return self
 
     @property
@@ -489,7 +503,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = (), c
 
     Args:
         path: YAML file, or the name of a shipped one (``demo``).
-        overrides: ``dotted.key=value`` texts; values are YAML.
+        overrides: ``dotted.key=value`` texts; values are YAML. ``cluster=`` and ``model=`` are applied first.
         cluster: replaces the section ``cluster``: a shipped name (``local``, ``slurm``) or a YAML file.
 
     Raises:
@@ -506,14 +520,15 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = (), c
     data = _read_yaml(path)
     if cluster is not None:
         data["cluster"] = cluster
-    for name in ("cluster", "model"):  # named files first, so that overrides reach into them
+    whole = [text for text in overrides if text.partition("=")[0].strip() in NAMED]
+    for text in whole:
+        _override(data, text)
+    for name in NAMED:  # before the dotted overrides, which reach into the named files
         if name in data:
             data[name] = _named(name, data[name], path.parent)
     for text in overrides:
-        _override(data, text)
-    for name in ("cluster", "model"):  # `model=small` as an override
-        if isinstance(data.get(name), str):
-            data[name] = _named(name, data[name], path.parent)
+        if text not in whole:
+            _override(data, text)
     return parse_config(data)
 
 

@@ -47,6 +47,11 @@ BROKEN = [
     ("trian.steps=3", "trian: unknown key; did you mean `train`?"),
     ("train.steps", "'train.steps': an override is dotted.key=value"),
     ("run.name=x", "run: is a value, not a section"),
+    ("train.betas=[0.9,1.0]", "train.betas.1: expected less than 1, found 1.0"),
+    ("train.betas=[-0.1,0.9]", "train.betas.0: expected greater than or equal to 0, found -0.1"),
+    ("model.mlp_ratio=0.01", "model.mlp_ratio: expected at least 1 / dim = 1 / 12, not 0.01"),
+    ("model.mlp_ratio=1e308", "model.mlp_ratio: expected less than or equal to 1000"),
+    ("demo={clips: 1, text_dim: 24}", "demo.text_dim: expected a multiple of 16, found 24"),
 ]
 
 
@@ -85,6 +90,24 @@ def test_a_broken_config_is_one_line_with_the_dotted_key(
     assert not (tmp_path / "runs").exists()
 
 
+def test_tensor_parallelism_must_divide_the_hidden_size(tmp_path: Path, here: Callable[..., Done]) -> None:
+    config = tiny.write_config(tmp_path)
+    done = here("config", "check", config, "model.num_heads=2", "train.tp=2", "model.mlp_ratio=0.75")
+    assert done.returncode == 2
+    assert done.stderr == (
+        "sorahpc: train.tp: expected a divisor of the hidden size 9 = model.dim 12 x model.mlp_ratio 0.75, not 2\n"
+    )
+
+
+@pytest.mark.parametrize("overrides", [["model=S", "model.depth=3"], ["model.depth=3", "model=S"]])
+def test_overrides_reach_into_a_model_that_an_override_names(
+    tmp_path: Path, here: Callable[..., Done], overrides: list[str]
+) -> None:
+    done = here("config", "show", tiny.write_config(tmp_path, model="nosuch"), "--json", *overrides)
+    model = json.loads(done.stdout)["model"]
+    assert (model["depth"], model["dim"]) == (3, 384)
+
+
 def test_several_faults_are_several_lines(tmp_path: Path) -> None:
     config = tiny.write_config(tmp_path)
     done = tiny.sorahpc("config", "check", config, "train.steps=x", "model.dim=y", "more=1", cwd=tmp_path)
@@ -118,6 +141,8 @@ def test_a_broken_file_is_one_line(tmp_path: Path, here: Callable[..., Done], te
         ["train", "nosuch.yaml"],
         ["train", "x", "--cluter", "y"],
         ["data", "toyworld", "o", "--clips", "0"],
+        ["data", "tiny-t5", "demo", "--dim", "24"],
+        ["data", "tiny-t5", "demo", "--dim", "8"],
     ],
 )
 def test_a_wrong_call_is_one_line(here: Callable[..., Done], args: list[str]) -> None:

@@ -149,7 +149,7 @@ def layer_config(model: ModelConfig, mesh: Mesh, dtype: torch.dtype) -> Any:
             num_layers=model.depth,
             hidden_size=model.dim,
             num_attention_heads=model.num_heads,
-            ffn_hidden_size=round(model.dim * model.mlp_ratio),
+            ffn_hidden_size=model.mlp_dim,
             tensor_model_parallel_size=mesh.tp_size,
             sequence_parallel=mesh.sp,
             params_dtype=dtype,

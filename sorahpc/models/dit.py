@@ -17,10 +17,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from sorahpc import ops
-from sorahpc.config import ModelConfig, parse_config
+from sorahpc.config import ModelConfig
 from sorahpc.distributed import checkpoint, megatron
 from sorahpc.distributed.mesh import Mesh
 from sorahpc.errors import CheckpointError
@@ -66,7 +67,7 @@ class Attention(nn.Module):
 class Mlp(nn.Module):
     def __init__(self, model: ModelConfig, config: object, mesh: Mesh) -> None:
         super().__init__()
-        hidden = round(model.dim * model.mlp_ratio)
+        hidden = model.mlp_dim
         self.linear_fc1 = megatron.column_linear(config, mesh, model.dim, hidden)
         self.linear_fc2 = megatron.row_linear(config, mesh, hidden, model.dim)
 
@@ -189,7 +190,7 @@ class DiT(nn.Module):
         return megatron.gather_tokens(x.float(), self.mesh)[:length]
 
 
-def load_ema_for_sampling(folder: Path) -> tuple[DiT, checkpoint.Meta]:
+def load_ema_for_sampling(folder: Path, local_rank: int = 0) -> tuple[DiT, checkpoint.Meta]:
     """The model of a checkpoint with its averaged weights, in eval mode, in this process alone.
 
     Makes a process group of one rank; `megatron.stop` leaves it. The device is the GPU where there is one (bfloat16),
@@ -198,12 +199,14 @@ def load_ema_for_sampling(folder: Path) -> tuple[DiT, checkpoint.Meta]:
     Raises:
         CheckpointError: incomplete, altered, or unsafe.
     """
-    mesh = megatron.start()
+    mesh = megatron.start(local_rank=local_rank)
     meta = checkpoint.verify(folder, mesh)
-    config = parse_config(meta.config)
-    if config.model is None:
-        raise CheckpointError(f"{folder}: its config has no section `model`; the checkpoint is refused")
-    model = DiT(config.model, mesh, channels=meta.channels, text_dim=meta.text_dim, dtype=torch.float32)
+    try:  # the other sections may be of another version: nothing of them is needed
+        config = ModelConfig.model_validate(meta.config["model"])
+    except (KeyError, ValidationError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"{folder}: its section `model` is not ours: {reason}; the checkpoint is refused") from None
+    model = DiT(config, mesh, channels=meta.channels, text_dim=meta.text_dim, dtype=torch.float32)
     checkpoint.load_ema(folder, model, mesh)
     model.dtype = torch.bfloat16 if mesh.device.type == "cuda" else torch.float32
     return model.to(model.dtype).eval().requires_grad_(False), meta
