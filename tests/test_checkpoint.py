@@ -23,7 +23,9 @@ from sorahpc.errors import CheckpointError
 
 def _meta(step: int) -> Meta:
     config = Config(run="x", model=MODEL, train=TRAIN).model_dump(mode="json")
-    return Meta(step, 10 * step, config, CHANNELS, TEXT_DIM, [0.0] * CHANNELS, [1.0] * CHANNELS, {}, {"tp": 1, "dp": 1})
+    return Meta(
+        step, 10 * step, config, CHANNELS, TEXT_DIM, [0.0] * CHANNELS, [1.0] * CHANNELS, 7, {}, {"tp": 1, "dp": 1}
+    )
 
 
 def train_and_save(
@@ -45,7 +47,8 @@ def train_and_save(
     if not start:
         folder = checkpoint.latest(root)
         assert folder is not None
-        step = checkpoint.load(folder, model, optimizer, ema, mesh).step
+        step = checkpoint.verify(folder, mesh).step
+        checkpoint.load(folder, model, optimizer, ema, mesh)
     losses = []
     end = step + steps
     for step in range(step, end):  # noqa: B020 - goes on from the resumed step
@@ -138,7 +141,6 @@ def test_only_the_newest_are_kept_and_latest_names_the_last(tmp_path: Path, save
     for step in (1, 2, 3):
         shutil.copytree(checkpoint.latest(root), tmp_path / f"step-{step:08d}")
     (tmp_path / ".stage-00000009").mkdir()  # what a killed save leaves
-    (tmp_path / "step-00000099").mkdir()  # not committed: no manifest
     assert [p.name for p in checkpoint.committed(tmp_path)] == ["step-00000001", "step-00000002", "step-00000003"]
     assert checkpoint.latest(tmp_path) == tmp_path / "step-00000003"
     assert (root / "latest").read_text() == "step-00000004\n"
@@ -178,6 +180,10 @@ def test_an_extra_file_a_symlink_and_a_bad_manifest_are_refused(saved: Any, tmp_
     with pytest.raises(CheckpointError, match=r"common\.pt: not a regular file"):
         check_files(folder)
     (folder / MANIFEST).write_text("[1")
+    with pytest.raises(CheckpointError, match=MANIFEST):
+        check_files(folder)
+    (folder / MANIFEST).unlink()
+    assert checkpoint.latest(tmp_path) == folder, "it is refused, not passed over for an older one"
     with pytest.raises(CheckpointError, match=MANIFEST):
         check_files(folder)
 
@@ -234,6 +240,8 @@ def test_a_shard_entry_that_torch_would_unpickle_is_refused_unrun(saved: Any, tm
 
 
 def test_another_model_is_refused_by_field() -> None:
-    config = Config(run="x", model=MODEL.model_copy(update={"depth": 3}), train=TRAIN)
-    with pytest.raises(CheckpointError, match=r"model\.depth: the checkpoint .* has 2, the config 3"):
-        checkpoint.check_config(_meta(1), config, Path("c"))
+    other = MODEL.model_copy(update={"depth": 3})
+    with pytest.raises(CheckpointError, match=r"model\.depth: the checkpoint .* has 2, this run 3"):
+        checkpoint.check_model(_meta(1), other, CHANNELS, TEXT_DIM, Path("c"))
+    with pytest.raises(CheckpointError, match="latent channels: the checkpoint c has 6, this run 16"):
+        checkpoint.check_model(_meta(1), MODEL, 16, TEXT_DIM, Path("c"))

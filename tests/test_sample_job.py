@@ -74,7 +74,8 @@ def save_checkpoint(folder: Path, vae: Any, text: Any, mesh: Any, *, step: int) 
     ids = {n: {"id": m.id, "weights_sha256": m.weights_sha256} for n, m in (("vae", vae), ("text", text))}
     meta = checkpoint.Meta(
         step=step, consumed=0, config=config, channels=vae.channels, text_dim=TEXT_DIM,
-        latent_mean=[0.1] * vae.channels, latent_std=[0.7] * vae.channels, cache=ids, world={"tp": 1, "dp": 1},
+        latent_mean=[0.1] * vae.channels, latent_std=[0.7] * vae.channels, samples=1,
+        cache=ids, world={"tp": 1, "dp": 1},
     )  # fmt: skip
     checkpoint.save(folder, meta, model, optimizer, Ema(model, optimizer, mesh, 0.9), mesh, keep=5)
 

@@ -228,3 +228,26 @@ def test_learning_rate_warms_up_stays_and_decays() -> None:
     rates = [learning_rate(step, train) for step in range(100)]
     assert rates[0] == pytest.approx(0.2) and rates[9] == rates[79] == 2.0
     assert rates[80] == pytest.approx(2.0) and rates[90] == pytest.approx(1.0) and rates[99] == pytest.approx(0.1)
+
+
+def test_another_model_under_the_same_name_is_refused_by_field_before_it_is_loaded(world: dict[str, Any]) -> None:
+    from sorahpc.errors import CheckpointError
+    from sorahpc.jobs import train
+
+    config = _config(world, "other", train__steps=1, train__warmup_steps=0)
+    train.run(config, Task(config.run_dir, "train"))
+    other = _config(world, "other", train__steps=2, train__warmup_steps=0, model__dim=96)
+    with pytest.raises(CheckpointError, match=r"model\.dim: the checkpoint .* has 64, this run 96"):
+        train.run(other, Task(other.run_dir, "train"))
+
+
+def test_a_damaged_line_of_metrics_does_not_stop_a_resume(world: dict[str, Any]) -> None:
+    from sorahpc.jobs import train
+
+    config = _config(world, "damaged", train__steps=1, train__warmup_steps=0)
+    train.run(config, Task(config.run_dir, "train"))
+    with open(config.run_dir / "metrics.jsonl", "a") as f:
+        f.write('garbage\n{"nostep": 1}\n[3]\n{"step": 2, "loss')
+    longer = _config(world, "damaged", train__steps=2, train__warmup_steps=0)
+    train.run(longer, Task(longer.run_dir, "train"))
+    assert [row["step"] for row in _metrics(longer)] == [1, 2]

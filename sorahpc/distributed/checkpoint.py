@@ -33,7 +33,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from sorahpc.config import Config
+from sorahpc.config import ModelConfig
 from sorahpc.distributed import megatron
 from sorahpc.distributed.ema import Ema
 from sorahpc.distributed.mesh import Mesh
@@ -57,6 +57,7 @@ class Meta:
     text_dim: int
     latent_mean: list[float]
     latent_std: list[float]
+    samples: int  # in the cache it was trained on
     cache: dict[str, Any]  # the cache's cache.json: VAE and text encoder with their weights' sha256
     world: dict[str, int]  # layout that wrote it
     format: int = FORMAT
@@ -116,10 +117,10 @@ def _commit(stage: Path, final: Path, meta: Meta, keep: int) -> None:
 
 
 def committed(root: Path) -> list[Path]:
-    """Committed checkpoint folders, oldest first."""
+    """Committed checkpoint folders, oldest first. A folder gets its name with its manifest inside, never before."""
     if not root.is_dir():
         return []
-    return sorted(p for p in root.iterdir() if _NAME.fullmatch(p.name) and (p / MANIFEST).is_file())
+    return sorted(p for p in root.iterdir() if _NAME.fullmatch(p.name))
 
 
 def latest(root: Path) -> Path | None:
@@ -157,20 +158,14 @@ def _fsync(path: Path) -> None:
 # Load
 
 
-def load(folder: Path, model: nn.Module, optimizer: Any, ema: Ema, mesh: Mesh) -> Meta:
-    """Restore weights, EMA and optimizer, on this or any other layout. Collective.
-
-    Raises:
-        CheckpointError: incomplete, altered, unsafe, or of another model.
-    """
-    meta = verify(folder, mesh)
+def load(folder: Path, model: nn.Module, optimizer: Any, ema: Ema, mesh: Mesh) -> None:
+    """Restore weights, EMA and optimizer of a checkpoint that `verify` has passed, on any layout. Collective."""
     state = megatron.load_sharded(_state(model, optimizer, ema, mesh, loading=True), folder)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(state[f"model.{name}"])
     ema.load({name: state[f"ema.{name}"] for name in ema.names.values()})
     optimizer.load_state_dict(state["optimizer"])
-    return meta
 
 
 def load_ema(folder: Path, model: nn.Module, mesh: Mesh) -> None:
@@ -294,13 +289,15 @@ def _slice(path: Path, offset: int, length: int) -> bytes:
         return f.read(length)
 
 
-def check_config(meta: Meta, config: Config, folder: Path) -> None:
-    """Refuse a checkpoint of another model, by field."""
-    assert config.model is not None
-    before, now = meta.config["model"], config.model.model_dump(mode="json")
-    for field in now:
-        if before.get(field) != now[field]:
+def check_model(meta: Meta, model: ModelConfig, channels: int, text_dim: int, folder: Path) -> None:
+    """Refuse a checkpoint of another model, by field. Raises CheckpointError."""
+    now = {f"model.{name}": value for name, value in model.model_dump(mode="json").items()}
+    before = {f"model.{name}": value for name, value in meta.config["model"].items()}
+    now |= {"latent channels": channels, "text dim": text_dim}
+    before |= {"latent channels": meta.channels, "text dim": meta.text_dim}
+    for field, value in now.items():
+        if before.get(field) != value:
             raise CheckpointError(
-                f"model.{field}: the checkpoint {folder} has {before.get(field)}, the config {now[field]}; "
+                f"{field}: the checkpoint {folder} has {before.get(field)}, this run {value}; "
                 f"use the checkpoint's, or another run name"
             )

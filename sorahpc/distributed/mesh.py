@@ -71,8 +71,12 @@ def pick_device(local_rank: int) -> torch.device:
         return torch.device("cpu")
     count = torch.cuda.device_count()
     # A site may show each task its own GPU only; then every local rank finds one device.
-    if local_rank >= count > 1:
-        raise SetupError(f"local rank {local_rank}: this node shows {count} GPUs; ask for one GPU a rank")
+    own = count == 1 and "CUDA_VISIBLE_DEVICES" in os.environ
+    if local_rank >= count and not own:
+        raise SetupError(
+            f"local rank {local_rank}: one GPU a rank expected, this node shows {count}; start fewer ranks a node "
+            f"(train.resources.tasks_per_node, train.tp)"
+        )
     return torch.device("cuda", local_rank if count > 1 else 0)
 
 

@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from sorahpc import ops
-from sorahpc.config import Config, config_hash, parse_config
+from sorahpc.config import Config, config_hash
 from sorahpc.data.mp4 import write_mp4
 from sorahpc.data.prompts import Prompt, read_prompts
 from sorahpc.diffusion.flow import noise
@@ -216,8 +216,6 @@ def _checkpoint(config: Config) -> Path:
 def _load(config: Config, checkpoint: Path) -> Models:
     assert config.vae is not None and config.text is not None
     model, meta = load_ema_for_sampling(checkpoint)
-    trained = parse_config(meta.config)
-    assert trained.model is not None
     device = next(model.parameters()).device
     text = load_text(config.text.path, config.text.max_tokens, config.text.dtype, device)
     vae = load_vae(config.vae.path, config.vae.dtype, device)
@@ -229,7 +227,7 @@ def _load(config: Config, checkpoint: Path) -> Models:
                     f"{section}.path: {path} has {field} {getattr(found, field)}, but the checkpoint {checkpoint} was "
                     f"trained with {expected}; use the {section} that encoded its cache"
                 )
-    return Models(model, meta, text, vae, trained.model.patch, device)
+    return Models(model, meta, text, vae, model.model.patch, device)
 
 
 def _check_sizes(config: Config, items: list[Item], models: Models) -> None:

@@ -68,20 +68,30 @@ def _train(config: Config, task: Task, cache: LatentCache, mesh: Mesh) -> None:
     dtype = pick_dtype(train, mesh.device)
     root = config.run_dir / "checkpoints"
 
+    found = checkpoint.latest(root)
+    meta = None if found is None else checkpoint.verify(found, mesh)
+    if found is not None and meta is not None:
+        checkpoint.check_model(meta, model_config, cache.channels, cache.text_dim, found)
+        _check_cache(meta, cache, config.cache_dir, found)
+
     model = DiT(model_config, mesh, channels=cache.channels, text_dim=cache.text_dim, dtype=dtype, seed=train.seed)
     ddp = megatron.wrap_ddp(model, model.config)
     optimizer = megatron.make_optimizer(ddp, train, dtype)
     ema = Ema(model, optimizer, mesh, train.ema_decay)
 
     step, consumed, mean, std = 0, 0, cache.mean, cache.std
-    found = checkpoint.latest(root)
-    if found is not None:
-        meta = checkpoint.load(found, model, optimizer, ema, mesh)
-        checkpoint.check_config(meta, config, found)
-        _check_cache(meta, cache, config.cache_dir, found)
+    if found is not None and meta is not None:
+        checkpoint.load(found, model, optimizer, ema, mesh)
         step, consumed = meta.step, meta.consumed
         mean, std = torch.tensor(meta.latent_mean), torch.tensor(meta.latent_std)
-        log.info("resumed from %s at step %d", found, step)
+        log.info("resumed from %s at step %d of %d", found, step, train.steps)
+        if meta.samples != len(cache):
+            # A new epoch of the new cache, later than any seen: no sample meets the same noise and timestep again.
+            consumed = (consumed // meta.samples + 1) * len(cache)
+            log.warning("the cache had %d samples and now has %d: a new epoch starts", meta.samples, len(cache))
+        if step >= train.steps:
+            log.warning("nothing to do: step %d is there, train.steps is %d", step, train.steps)
+            task.report(train.steps, train.steps, "step")
 
     packer = make_packer(cache, config)
     loader = Loader(cache, packer, config, mean, std, mesh)
@@ -103,13 +113,13 @@ def _train(config: Config, task: Task, cache: LatentCache, mesh: Mesh) -> None:
             latent_mean=mean.tolist(),
             latent_std=std.tolist(),
             cache=cache.info,
+            samples=len(cache),
             world={"tp": mesh.tp_size, "dp": mesh.dp_size},
         )
         folder = checkpoint.save(root, meta, model, optimizer, ema, mesh, keep=train.keep)
         if mesh.rank == 0:
             log.info("saved %s", folder)
 
-    saved_at = step
     with metrics or contextlib.nullcontext(), loader:
         while step < train.steps:
             start = time.perf_counter()
@@ -136,11 +146,8 @@ def _train(config: Config, task: Task, cache: LatentCache, mesh: Mesh) -> None:
                 )  # fmt: skip
             if stop or step % train.save_every == 0 or step == train.steps:
                 save()
-                saved_at = step
             if stop and step < train.steps:
                 raise Stopped(f"stopped on request at step {step} of {train.steps}; saved")
-    if saved_at < step:
-        save()
 
 
 def pick_dtype(train: TrainConfig, device: torch.device) -> torch.dtype:
@@ -318,7 +325,7 @@ class Metrics:
         from torch.utils.tensorboard import SummaryWriter
 
         self.path = run_dir / "metrics.jsonl"
-        kept = [line for line in _lines(self.path) if json.loads(line)["step"] <= step]
+        kept = [line for line in _lines(self.path) if _step_of(line) <= step]
         atomic_write(self.path, "".join(kept))
         self.file = open(self.path, "a", buffering=1)
         self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
@@ -334,6 +341,15 @@ class Metrics:
         self.file.write(json.dumps({"step": step, **values, "time": time.time()}) + "\n")
         for name, value in values.items():
             self.board.add_scalar(name, value, step)
+
+
+def _step_of(line: str) -> float:
+    """Step of a metrics line; infinite, so that it is dropped, for a line that is none of ours."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError):
+        log.warning("metrics.jsonl: a line that is not a step's metrics is dropped: %r", line[:80])
+        return math.inf
 
 
 def _lines(path: Path) -> Iterator[str]:

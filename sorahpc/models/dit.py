@@ -205,7 +205,9 @@ def load_ema_for_sampling(folder: Path, local_rank: int = 0) -> tuple[DiT, check
         config = ModelConfig.model_validate(meta.config["model"])
     except (KeyError, ValidationError) as error:
         reason = str(error).splitlines()[0]
-        raise CheckpointError(f"{folder}: its section `model` is not ours: {reason}; the checkpoint is refused") from None
+        raise CheckpointError(
+            f"{folder}: its section `model` is not ours: {reason}; the checkpoint is refused"
+        ) from None
     model = DiT(config, mesh, channels=meta.channels, text_dim=meta.text_dim, dtype=torch.float32)
     checkpoint.load_ema(folder, model, mesh)
     model.dtype = torch.bfloat16 if mesh.device.type == "cuda" else torch.float32

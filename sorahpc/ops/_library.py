@@ -108,7 +108,7 @@ def build_info() -> dict[str, str] | None:
 
 
 def backend() -> dict[str, Any]:
-    """What is live, for ``sorahpc doctor``.
+    """What is live.
 
     Returns:
         ``library``: its path, or None; ``ops``: for each op, ``cpu`` and ``cuda`` are "compiled" or "reference";
