@@ -19,6 +19,7 @@ a login node.
 from __future__ import annotations
 
 import json
+import math
 import os
 import socket
 import threading
@@ -69,9 +70,52 @@ def read_json(path: Path) -> dict[str, Any] | None:
     """A JSON mapping, or None where there is none (missing, unreadable, not JSON): for files that others rewrite."""
     try:
         value = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
+
+
+def _is_number(value: Any) -> bool:
+    whole = isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
+    return whole or (isinstance(value, float) and math.isfinite(value))
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and _is_number(value)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_process(value: Any) -> bool:
+    return isinstance(value, dict) and _is_text(value.get("machine")) and _is_whole(value.get("pid"))
+
+
+def _is_metrics(value: Any) -> bool:
+    return isinstance(value, dict) and all(_is_text(v) or _is_number(v) for v in value.values())
+
+
+def _is_job_id(value: Any) -> bool:
+    return isinstance(value, str) and value.isdecimal()  # it goes into a command line and a file pattern
+
+
+# What the keys of launch, status, lease and restart files hold.
+_HOLDS: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(("time", "cancelled", "heartbeat", "done", "total", "rate", "eta_s", "left"), _is_number),
+    **dict.fromkeys(("task", "tasks", "restart", "exit_code", "stuck", "pid", "started"), _is_whole),
+    **dict.fromkeys(("kind", "job", "state", "message", "unit", "host", "machine", "nonce"), _is_text),
+    **dict.fromkeys(("launcher", "process"), _is_process),
+    "metrics": _is_metrics,
+    "job_id": _is_job_id,
+}
+
+
+def read_state(path: Path) -> dict[str, Any] | None:
+    """`read_json` of a launch, status, lease or restart file. A value of a wrong type (a hand edit, a damaged disk) is
+    left out, as if it had never been told: what is known stays visible, and the job can be launched again."""
+    value = read_json(path)
+    return None if value is None else {k: v for k, v in value.items() if k not in _HOLDS or _HOLDS[k](v)}
 
 
 def summarize(statuses: list[dict[str, Any]]) -> dict[str, Any]:
@@ -81,7 +125,7 @@ def summarize(statuses: list[dict[str, Any]]) -> dict[str, Any]:
         done, total (None before the first report), unit, rate (units/s or None), eta_s (or None), metrics,
         heartbeat (newest, seconds since the epoch, or None), hosts.
     """
-    told = [s for s in statuses if isinstance(s.get("total"), (int, float))]
+    told = [s for s in statuses if s.get("total") is not None and s.get("done") is not None]
     done = sum(s["done"] for s in told) if told else None
     total = sum(s["total"] for s in told) if told else None
     rates = [s["rate"] for s in told if s.get("state") == "running" and s.get("rate")]
@@ -140,7 +184,7 @@ class JobFolder:
 
     def statuses(self) -> list[dict[str, Any]]:
         """What the tasks last told, by task. A file that vanishes or isn't ours is left out: this is a display."""
-        return [s for s in map(read_json, sorted((self.path / "status").glob("[0-9]*.json"))) if s is not None]
+        return [s for s in map(read_state, sorted((self.path / "status").glob("[0-9]*.json"))) if s is not None]
 
 
 def _never() -> bool:

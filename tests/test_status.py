@@ -13,8 +13,18 @@ from typing import Any
 import pytest
 import tiny
 
-from sorahpc.cluster.lease import identity
-from sorahpc.cluster.status import find_run, job_status, queue_of, run_status, srun_errors, status_table
+from sorahpc.cluster.lease import identity, is_dead
+from sorahpc.cluster.status import (
+    cancel_job,
+    find_jobs,
+    find_run,
+    job_status,
+    log_lines,
+    queue_of,
+    run_status,
+    srun_errors,
+    status_table,
+)
 from sorahpc.errors import ConfigError
 from sorahpc.log import duration, number, progress_line
 from sorahpc.runs import JobFolder, summarize, write_json
@@ -106,6 +116,43 @@ def test_a_broken_status_file_breaks_nothing(tmp_path: Path, broken: str) -> Non
     job = make(tmp_path, LOCAL, {"state": "done"}, {"state": "done"})
     job.status(1).write_text(broken, encoding="latin-1")
     status_table(run_status(tmp_path / "runs/x"))
+
+
+DAMAGE: list[Any] = ["soon", None, [1], {"a": 1}, True, -1, 1e999, 10**30, {}]
+
+
+@pytest.mark.parametrize("value", DAMAGE, ids=repr)
+@pytest.mark.parametrize("name", ["launch.json", "status/0.json"])
+def test_a_value_of_a_wrong_type_is_taken_for_unknown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: Any
+) -> None:
+    killed: list[int] = []
+    monkeypatch.setattr(os, "kill", lambda pid, _: killed.append(pid))
+    job = make(tmp_path, {**LOCAL, "time": 1.0, "launcher": DEAD["process"]}, {"state": "running", **DEAD})
+    job.log(0).parent.mkdir()
+    job.log(0).write_text("a line\n")
+    before = json.loads((job.path / name).read_text())
+    keys = (*before, "metrics", "rate", "message", "exit_code", "restart", "job_id", "cancelled")
+    for damaged in keys:
+        (job.path / name).write_text(json.dumps({**before, damaged: value}))
+        found = run_status(job.run_dir)
+        assert status_table(found) and json.dumps(found, allow_nan=False), damaged
+        assert list(log_lines(find_jobs(job.run_dir)[0], 0, follow=False)) == ["a line\n"]
+        assert cancel_job(job) in ("encode: has ended already", "encode: was never started")
+    (job.path / name).write_text(json.dumps({k: before[k] for k in before if k != "done"}))
+    assert status_table(run_status(job.run_dir)) and not killed
+
+
+def test_a_launcher_without_a_start_is_nobody_and_is_never_signalled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed: list[int] = []
+    monkeypatch.setattr(os, "kill", lambda pid, _: killed.append(pid))
+    for pid, started in ((-1, None), (0, None), (-1, 1), (2**30, None)):
+        who = {**identity(), "pid": pid, "started": started}
+        assert is_dead(who) is True
+        assert cancel_job(make(tmp_path, {**LOCAL, "launcher": who})) == "encode: has ended already"
+    assert not killed
 
 
 def test_progress_adds_up_over_the_tasks() -> None:

@@ -21,7 +21,7 @@ from sorahpc.cluster.lease import Lease, identity, is_alive
 from sorahpc.cluster.worker import Heartbeat, Place, Spec, execute, resources
 from sorahpc.config import Config, dump_config, load_config
 from sorahpc.errors import ConfigError, SetupError
-from sorahpc.runs import JobFolder, Task, atomic_write, read_json, write_json
+from sorahpc.runs import JobFolder, Task, atomic_write, read_state, write_json
 
 MAX_DIFF_BYTES = 16 << 20
 
@@ -91,7 +91,7 @@ def check_free(folder: JobFolder) -> None:
     """Refuse a job that somebody runs, or that waits in Slurm's queue. Raises SetupError that names the holder."""
     from sorahpc.cluster.status import queue_of
 
-    launch = read_json(folder.launch) or {}
+    launch = read_state(folder.launch) or {}
     what = f"{folder.job} of {folder.run_dir}"
     if launch.get("kind") == "slurm" and launch.get("job_id"):
         queue = queue_of([str(launch["job_id"])])
@@ -102,7 +102,7 @@ def check_free(folder: JobFolder) -> None:
                 f"`sorahpc cancel {folder.run_dir} {folder.job}`"
             )
     for path in sorted(folder.lease("x").parent.glob("[0-9]*.json")):
-        holder = read_json(path)
+        holder = read_state(path)
         if holder and is_alive(holder):
             raise Lease(path, what, "").refuse(holder)
 
@@ -162,7 +162,7 @@ def record(config: Config, job: Job, launch: str, restart: int, tasks: int) -> N
         return  # as written by its first life
     folder = folder_of(config, job)
     for path in sorted(folder.lease("x").parent.glob("[0-9]*.json")):
-        holder = read_json(path)
+        holder = read_state(path)
         if holder and holder.get("launch") != launch and is_alive(holder):
             raise Lease(path, f"{job.name} of {config.run_dir}", launch).refuse(holder)
     folder.path.mkdir(parents=True, exist_ok=True)
@@ -298,7 +298,7 @@ def queued(config: Config, job: Job) -> str | None:
     """Slurm job id of a job that waits or runs there now."""
     from sorahpc.cluster.status import queue_of
 
-    job_id = (read_json(folder_of(config, job).launch) or {}).get("job_id")
+    job_id = (read_state(folder_of(config, job).launch) or {}).get("job_id")
     return str(job_id) if job_id and str(job_id) in (queue_of([str(job_id)]) or {}) else None
 
 

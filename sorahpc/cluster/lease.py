@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from sorahpc.errors import SetupError
-from sorahpc.runs import atomic_write, read_json
+from sorahpc.runs import atomic_write, read_state
 
 STALE_AFTER_S = 60.0
 HEARTBEAT_S = 10.0
@@ -50,8 +50,9 @@ def is_dead(who: dict[str, Any]) -> bool | None:
     """Whether the process that `identity()` described is gone; None where that can't be seen (another machine)."""
     if who.get("machine") != machine_id():
         return None
-    pid = who.get("pid")
-    return not isinstance(pid, int) or start_time(pid) != who.get("started")
+    pid, started = who.get("pid"), who.get("started")
+    # A record without them names nobody: it must never be taken for a process, and be signalled.
+    return not isinstance(pid, int) or pid < 1 or started is None or start_time(pid) != started
 
 
 def is_alive(holder: dict[str, Any]) -> bool:
@@ -110,7 +111,7 @@ class Lease:
                 pass
             finally:
                 aside.unlink(missing_ok=True)
-            holder = read_json(self.path)
+            holder = read_state(self.path)
             if holder is None:
                 if not self.path.exists():
                     continue  # given back in between
@@ -128,7 +129,7 @@ class Lease:
         except FileNotFoundError:
             return
         try:
-            if (read_json(away) or {}).get("nonce") != stale.get("nonce"):
+            if (read_state(away) or {}).get("nonce") != stale.get("nonce"):
                 with contextlib.suppress(FileExistsError):
                     os.link(away, self.path)
         finally:
@@ -136,7 +137,7 @@ class Lease:
 
     def held(self) -> bool:
         """Whether the file still says us."""
-        return (read_json(self.path) or {}).get("nonce") == self.nonce
+        return (read_state(self.path) or {}).get("nonce") == self.nonce
 
     def beat(self) -> bool:
         """Renew it. False when it was lost: another writer took it for dead."""

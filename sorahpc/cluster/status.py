@@ -15,7 +15,7 @@ from typing import Any
 
 from sorahpc.cluster.lease import STALE_AFTER_S, is_dead, start_time
 from sorahpc.errors import ConfigError, SetupError
-from sorahpc.runs import JobFolder, read_json, summarize, write_json
+from sorahpc.runs import JobFolder, read_json, read_state, summarize, write_json
 
 SQUEUE_TIMEOUT_S = 10.0
 ACTIVE = ("pending", "running")
@@ -35,7 +35,7 @@ def find_run(run: str, runs_dir: str | Path = "runs") -> Path:
 def find_jobs(run_dir: Path, job: str | None = None) -> list[JobFolder]:
     """The jobs of a run in the order of their launch, or the one named."""
     found = [JobFolder(run_dir, p.name) for p in sorted((run_dir / "jobs").iterdir()) if (p / "spec.json").exists()]
-    found.sort(key=lambda f: (read_json(f.launch) or {}).get("time") or 0.0)
+    found.sort(key=lambda f: (read_state(f.launch) or {}).get("time") or 0.0)
     if job is None:
         return found
     chosen = [f for f in found if f.job == job]
@@ -104,7 +104,7 @@ def job_status(folder: JobFolder, queue: dict[str, dict[str, Any]] | None) -> di
     ``state``: pending, running, done, stopped (progress saved), failed, lost (ended without a word), cancelled
     (its message says whether progress was saved).
     """
-    launch = read_json(folder.launch) or {}
+    launch = read_state(folder.launch) or {}
     statuses = folder.statuses()
     states = [_task_state(s) for s in statuses]
     summary = summarize(statuses)
@@ -180,7 +180,7 @@ def job_status(folder: JobFolder, queue: dict[str, dict[str, Any]] | None) -> di
 def run_status(run_dir: Path) -> dict[str, Any]:
     """Status of a run: its jobs in the order of their launch."""
     folders = find_jobs(run_dir)
-    launches = [read_json(f.launch) or {} for f in folders]
+    launches = [read_state(f.launch) or {} for f in folders]
     ids = [str(x["job_id"]) for x in launches if x.get("kind") == "slurm" and x.get("job_id")]
     queue = queue_of(ids)
     jobs = [job_status(folder, queue) for folder in folders]
@@ -228,7 +228,8 @@ def log_lines(folder: JobFolder, rank: int, follow: bool) -> Iterator[str]:
         if raw and not follow:
             path = max(raw, key=lambda p: p.stat().st_mtime)
         elif not follow:
-            ranks = sorted(int(p.stem[4:]) for p in (folder.path / "log").glob("rank*.log"))
+            names = [p.stem[4:] for p in (folder.path / "log").glob("rank*.log")]
+            ranks = sorted(int(name) for name in names if name.isdecimal())
             there = f"ranks with a log: {', '.join(map(str, ranks))}" if ranks else "no rank has started yet"
             raise ConfigError(f"{path}: no log of rank {rank}; {there}")
     offset, ended = 0, False
@@ -241,7 +242,7 @@ def log_lines(folder: JobFolder, rank: int, follow: bool) -> Iterator[str]:
                     yield data.decode(errors="replace")
         if not follow or ended:
             return
-        launch = read_json(folder.launch) or {}
+        launch = read_state(folder.launch) or {}
         ids = [str(launch["job_id"])] if launch.get("kind") == "slurm" and launch.get("job_id") else []
         state = job_status(folder, queue_of(ids))["state"]
         ended = state not in ACTIVE  # once more round for what was written in between
@@ -262,7 +263,7 @@ def cancel_job(folder: JobFolder) -> str:
     Raises:
         SetupError: it can't be reached from here.
     """
-    launch = read_json(folder.launch) or {}
+    launch = read_state(folder.launch) or {}
     if launch.get("kind") == "slurm" and launch.get("job_id"):
         job_id = str(launch["job_id"])
         queue = queue_of([job_id])

@@ -31,7 +31,7 @@ from sorahpc.cluster.signals import StopFlag, die_with, ignore_stop_signals
 from sorahpc.config import Config, load_config
 from sorahpc.errors import ConfigError, NoProgressError, SetupError, SoraHPCError, Stopped
 from sorahpc.log import number, task_logging
-from sorahpc.runs import JobFolder, Task, read_json, write_json
+from sorahpc.runs import JobFolder, Task, read_state, write_json
 
 MAX_STUCK_RESTARTS = 3
 FIRST_PORT, NUM_PORTS = 10_000, 20_000  # below Linux' ephemeral ports (32768 up)
@@ -193,9 +193,9 @@ def check_progress(folder: JobFolder, task: int, restart: int) -> None:
     if restart == 0:
         path.unlink(missing_ok=True)
         return
-    seen = read_json(path) or {"left": None, "stuck": 0}
-    status = read_json(folder.status(task)) or {}
-    left = status["total"] - status["done"] if isinstance(status.get("total"), (int, float)) else None
+    seen = {"left": None, "stuck": 0} | (read_state(path) or {})
+    status = read_state(folder.status(task)) or {}
+    left = status["total"] - status["done"] if "total" in status and "done" in status else None
     if left is not None and (seen["left"] is None or left < seen["left"]):
         seen = {"left": left, "stuck": 0}
     else:
@@ -214,7 +214,7 @@ def check_progress(folder: JobFolder, task: int, restart: int) -> None:
 def first_failure(folder: JobFolder, restart: int) -> dict[str, Any] | None:
     """Status of the rank that failed first in this life of a gang, or None."""
     failed = [s for s in folder.statuses() if s.get("state") == "failed" and s.get("restart") == restart]
-    return min(failed, key=lambda s: float(s["heartbeat"]), default=None)
+    return min(failed, key=lambda s: s.get("heartbeat", 0.0), default=None)
 
 
 class Heartbeat:
@@ -285,7 +285,7 @@ def execute(spec: Spec, config: Config, place: Place, stop: Callable[[], bool], 
                     f"{wanted.world_size} ranks expected, {place.world_size} were started"
                 )
             if writer:
-                first = read_json(folder.lease(0))
+                first = read_state(folder.lease(0))
                 if first and first.get("launch") != place.launch and lease.blocked_by(first):
                     raise lease.refuse(first)  # another launch, perhaps split otherwise
                 lease.acquire()
@@ -316,8 +316,8 @@ def execute(spec: Spec, config: Config, place: Place, stop: Callable[[], bool], 
             # the cause, and have the job requeued for ever.
             cause = first_failure(folder, place.restart) if spec.kind == "gang" else None
             if cause is not None:
-                state, code, message = "failed", int(cause["exit_code"]), str(cause["message"])
-                log.error("was stopped because rank %s failed: %s", cause["task"], message)
+                state, code, message = "failed", cause.get("exit_code", 1), cause.get("message", "")
+                log.error("was stopped because rank %s failed: %s", cause.get("task", "?"), message)
         except SoraHPCError as error:
             state, code, message = "failed", error.exit_code, str(error)
             for line in message.splitlines():
