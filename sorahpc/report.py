@@ -242,7 +242,7 @@ def _reconstructions(run: _Run) -> str:
     data = run.json(folder / "reconstructions.json", "No reconstructions: the job `evaluate` has not run.")
     clips = data["clips"]
     if not clips:
-        raise _Missing("evaluate.reconstructions is 0.")
+        raise _Missing("evaluate.reconstructions is 0, or no cached clip has its video any more (see the log).")
     mean = statistics.fmean(float(clip["psnr_db"]) for clip in clips)
     lines = [
         "<p>What the model can show at best: the cached latents of training clips, decoded. "

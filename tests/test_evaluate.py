@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from sorahpc.config import Config, parse_config
+from sorahpc.data.manifest import read_manifest
 from sorahpc.data.mp4 import write_mp4
-from sorahpc.data.toyworld import caption, render, scene_of
+from sorahpc.data.toyworld import caption, render, scene_of, write_world
 from sorahpc.errors import DataError, Stopped
-from sorahpc.jobs import evaluate
+from sorahpc.jobs import encode, evaluate, prepare
+from sorahpc.models.text import make_tiny_t5
+from sorahpc.models.vae import build_vae, save_vae
 from sorahpc.report import ASPECTS, shares
 from sorahpc.runs import Task
 
@@ -88,6 +93,81 @@ def test_it_stops_between_clips(tmp_path: Path) -> None:
     make_samples(config, [None, None])
     with pytest.raises(Stopped, match="1 of 2"):
         run(config, stop_requested=lambda: True)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five captioned clips, a tiny VAE and T5 with random weights."""
+    folder = tmp_path_factory.mktemp("world")
+    write_world(folder / "videos", 5, seed=1)
+    make_tiny_t5(folder / "t5", [p.read_text() for p in sorted((folder / "videos").glob("*.txt"))], dim=16, seed=0)
+    arch = {
+        "latent_channels": 4, "encoder_block_out_channels": [8, 8, 8], "decode_block_out_channels": [8, 8, 8],
+        "attention_resolutions": [], "resolution": 64, "num_layers": 1, "patch_size": 4,
+        "spatial_compression_ratio": 8, "temporal_compression_ratio": 4, "latents_mean": None, "latents_std": None,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    vae = build_vae("AutoencoderKLCosmos", arch)
+    save_vae(vae, vae.module.state_dict(), folder / "vae", torch.float32)
+    return folder
+
+
+@pytest.fixture
+def encoded(world: Path, tmp_path: Path) -> Config:
+    """Of a run whose cache holds all videos of its own folder."""
+    shutil.copytree(world / "videos", tmp_path / "videos")
+    config = parse_config(
+        {
+            "run": "r", "runs_dir": str(tmp_path), "prepare": {"videos": str(tmp_path / "videos")},
+            "clip": {"fps": 8, "max_frames": 5, "min_frames": 5, "max_area_px": 4096},
+            "vae": {"path": str(world / "vae")}, "text": {"path": str(world / "t5"), "max_tokens": 32},
+            "evaluate": {"toyworld": True, "reconstructions": 5},
+        }
+    )  # fmt: skip
+    make_samples(config, [None])
+    prepare.run(config, Task(config.run_dir, "prepare"))
+    encode.run(config, Task(config.run_dir, "encode"))
+    return config
+
+
+def reconstructed(config: Config) -> list[str]:
+    """Names of the videos that are reconstructed."""
+    assert len(run(config)) == 1  # whatever becomes of the clips, samples are judged
+    data = json.loads((config.run_dir / "reconstructions/reconstructions.json").read_text())
+    names = {v.key: Path(v.path).name for v in read_manifest(config.run_dir / "manifest.parquet") if v.ok}
+    assert data["keys"] == [clip["key"] for clip in data["clips"]]
+    return [names[key] for key in data["keys"]]
+
+
+def test_copies_and_renames_do_not_hide_the_videos_that_are_used(encoded: Config) -> None:
+    assert encoded.prepare is not None
+    videos = encoded.prepare.videos
+    for suffix in ("mp4", "txt"):
+        shutil.copy(videos / f"000001.{suffix}", videos / f"copy.{suffix}")
+        (videos / f"000002.{suffix}").rename(videos / f"renamed.{suffix}")
+    prepare.run(encoded, Task(encoded.run_dir, "prepare"))
+    assert reconstructed(encoded) == ["000000.mp4", "000001.mp4", "renamed.mp4", "000003.mp4", "000004.mp4"]
+
+
+def test_clips_whose_video_or_caption_changed_are_left_out_and_said(
+    encoded: Config, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert encoded.prepare is not None
+    videos = encoded.prepare.videos
+    (videos / "000000.mp4").unlink()
+    (videos / "000003.txt").write_text("another caption")
+    prepare.run(encoded, Task(encoded.run_dir, "prepare"))
+    (videos / "000004.mp4").rename(videos / "away")  # since then
+    caplog.clear()
+    assert reconstructed(encoded) == ["000001.mp4", "000002.mp4"]
+    said = [m for m in caplog.messages if m.startswith("reconstruction left out: ")]
+    assert len(said) == 3 and "changed since encode" in said[0] and said[2].endswith("000004.mp4: no such file")
+    (videos / "away").rename(videos / "000004.mp4")  # back: the next run has it
+    assert reconstructed(encoded) == ["000001.mp4", "000002.mp4", "000004.mp4"]
+    for mp4 in videos.glob("*.mp4"):
+        mp4.unlink()
+    assert reconstructed(encoded) == []
+    assert "no reconstruction: none of 5 cached clips has its video any more" in caplog.text
 
 
 def test_psnr_is_that_of_the_mean_squared_error_over_all_values() -> None:

@@ -20,7 +20,7 @@ import numpy as np
 
 from sorahpc.config import ClipConfig, Config
 from sorahpc.data.cache import LatentCache
-from sorahpc.data.decode import ClipPlan, decode, plan_clip, probe
+from sorahpc.data.decode import ClipPlan, VideoError, decode, plan_clip, probe
 from sorahpc.data.manifest import MANIFEST, Video, read_manifest
 from sorahpc.data.mp4 import write_mp4
 from sorahpc.data.toyworld import parse_caption
@@ -122,13 +122,22 @@ def reconstruct(config: Config, advance: Callable[[], None]) -> None:
                 f"vae.path: {config.vae.path} has {field} {getattr(vae, field)}, but the cache {config.cache_dir} was "
                 f"made with {cache.info['vae'][field]}; use that VAE"
             )
-    videos = {video.key: video for video in read_manifest(config.run_dir / MANIFEST)}
+    # Rejected rows keep their keys: a duplicate has that of the row that is used, a renamed file that of its new row.
+    videos = {video.key: video for video in read_manifest(config.run_dir / MANIFEST) if video.ok}
     clips = []
     for i in chosen:
-        clips.append(_pair(config, cache, i, vae, videos, folder))
+        try:
+            clips.append(_pair(config, cache, i, vae, videos, folder))
+        except VideoError as error:  # the videos may have changed since; the other clips and the samples have not
+            log.warning("reconstruction left out: %s", error)
         advance()
+    # Only what is there, so that the next run tries again what was left out.
+    wanted["keys"] = [clip["key"] for clip in clips]
     write_json(folder / "reconstructions.json", {"format": 1, **wanted, "clips": clips})
-    log.info("mean PSNR of %d reconstructions: %.1f dB", count, np.mean([c["psnr_db"] for c in clips]))
+    if clips:
+        log.info("mean PSNR of %d reconstructions: %.1f dB", len(clips), np.mean([c["psnr_db"] for c in clips]))
+    else:
+        log.warning("no reconstruction: none of %d cached clips has its video any more; encode again", count)
 
 
 def _pair(
@@ -136,8 +145,7 @@ def _pair(
 ) -> dict[str, Any]:
     key = cache.keys[i]
     if key not in videos:
-        where = config.run_dir / MANIFEST
-        raise DataError(f"{where}: no video {key}, which the cache holds; run `sorahpc prepare`")
+        raise VideoError(cache.sources[i], f"{key} is not in the manifest: its video or caption changed since encode")
     latent, _ = cache.read(i)
     again = vae.decode(latent)
     clip = ClipConfig.model_validate(cache.info["clip"])  # as it was encoded, whatever the config says today
