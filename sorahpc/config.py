@@ -147,7 +147,9 @@ class EncodeConfig(Section):
 
     cache: ConfigPath | None = Field(None, description="cache folder; None: <run>/cache")
     dtype: Literal["float16", "bfloat16"] = Field("float16", description="storage dtype of latents and text")
-    clips_per_shard: int = Field(64, ge=1, description="clips a shard; a killed task loses at most one shard's work")
+    clips_per_shard: int = Field(
+        64, ge=1, description="rows of the manifest a shard; a killed task loses at most one shard's work"
+    )
     resources: ArrayResources = ArrayResources()
 
 

@@ -69,8 +69,8 @@ def write(folder: Path, dtype: str = "float16", count: int = 10, per_shard: int 
     plan = plan_shards([r[0] for r in rows], per_shard)
     for shard in plan:
         writer = ShardWriter(folder, shard.name, dtype, C, D)
-        for row in rows[shard.start : shard.stop]:
-            writer.add(*row)
+        for i in shard.rows:
+            writer.add(*rows[i])
         writer.commit()
     assert build_index(folder, [s.name for s in plan]).samples == count
     return rows
@@ -355,13 +355,23 @@ def test_captions_from_others_are_made_printable_and_short() -> None:
 
 
 def test_the_plan_is_a_function_of_the_keys_in_their_order() -> None:
-    keys = [f"{i:016x}" for i in range(10)]
+    keys: list[str | None] = [f"{i:016x}" for i in range(10)]
     plan = plan_shards(keys, 4)
-    assert [(s.start, s.stop) for s in plan] == [(0, 4), (4, 8), (8, 10)]
+    assert [s.rows for s in plan] == [(0, 1, 2, 3), (4, 5, 6, 7), (8, 9)]
     assert plan == plan_shards(keys, 4)
     assert plan_shards([*keys, "f" * 16], 4)[:2] == plan[:2]
     assert plan_shards(keys[::-1], 4)[0].name != plan[0].name
     assert plan_shards([], 4) == []
+
+
+def test_a_row_that_comes_or_goes_changes_its_own_shard_alone() -> None:
+    keys: list[str | None] = [f"{i:016x}" for i in range(12)]
+    plan = plan_shards(keys, 4)
+    without = plan_shards([*keys[:5], None, *keys[6:]], 4)
+    assert [s.rows for s in without] == [(0, 1, 2, 3), (4, 6, 7), (8, 9, 10, 11)]
+    assert (without[0], without[2]) == (plan[0], plan[2]) and without[1].name != plan[1].name
+    assert plan_shards([*keys[:4], None, None, None, None, *keys[8:]], 4) == [plan[0], plan[2]]
+    assert plan_shards([None] * 9, 4) == []
 
 
 def test_parts_of_the_dead_and_of_the_silent_are_removed_and_those_of_the_living_are_not(tmp_path: Path) -> None:

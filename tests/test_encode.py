@@ -269,6 +269,36 @@ def test_the_manifest_may_grow_and_only_the_last_shard_is_made_again(
     assert LatentCache(config.cache_dir).keys == [v.key for v in ok if "000003" not in v.path]
 
 
+def test_a_video_that_becomes_usable_in_the_middle_makes_only_its_own_shard_again(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from sorahpc.data.manifest import read_manifest
+
+    write_world(tmp_path / "videos", 9, seed=2)
+    late = tmp_path / "videos/000004.txt"
+    words = late.read_text()
+    late.unlink()
+    config = make_config(world, "middle", prepare={"videos": str(tmp_path / "videos")})
+    prepare.run(config, Task(config.run_dir, "prepare"))
+    encode.run(config, task(config))
+    before = content(config)
+    late.write_text(words)
+    prepare.run(config, Task(config.run_dir, "prepare"))
+    encoded: list[str] = []
+    real = encode._encode
+    monkeypatch.setattr(encode, "_encode", lambda video, *rest: (encoded.append(video.key), real(video, *rest)))
+    with caplog.at_level(logging.INFO):
+        encode.run(config, task(config))
+    keys = [v.key for v in read_manifest(config.run_dir / "manifest.parquet")]
+    assert encoded == keys[3:6]
+    assert LatentCache(config.cache_dir).keys == keys
+    shards = {name: data for name, data in before.items() if name.startswith("shard-")}
+    assert len(shards) == 3 and shards.items() <= content(config).items()  # what was there is left alone
+    assert [m for m in caplog.messages if "not of this manifest" in m] == [
+        f"1 shards in {config.cache_dir} are not of this manifest; left alone, no longer read"
+    ]
+
+
 @pytest.mark.gpu
 def test_on_cuda_in_bfloat16_the_latents_are_near_those_of_the_cpu(world: Path, whole: dict[str, bytes]) -> None:
     config = prepared(world, "cuda", vae={"path": str(world / "vae"), "dtype": "bfloat16"})

@@ -8,7 +8,9 @@
 
 A shard is written under a temporary name, closed, opened again and verified, fsynced, renamed, and its folder fsynced:
 a shard that exists is done, and a kill leaves at worst a `.part` file that nobody reads. Its name is a hash of its
-clips' keys, so the plan of a cache is a pure function of the manifest, for any number of workers.
+clips' keys, so the plan of a cache is a pure function of the manifest, for any number of workers. Shards are cut by
+rows of the manifest, which keep their places: a change of one row makes one shard anew. The one that it replaces is
+left alone, out of the index; it may be deleted.
 
 Inside a shard there is one dataset a latent shape, `latents/CxTxHxW` [N,C,T,H,W], chunk = one sample, no filter, so
 that a sample is one run of bytes; `text` [sum of L_i, dim], embeddings without padding; and one-dimensional datasets
@@ -40,12 +42,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from sorahpc.data.manifest import shown
+from sorahpc.data.manifest import REJECTED, shown
 from sorahpc.errors import DataError, SetupError
 from sorahpc.runs import atomic_write, fsync_dir, write_json
 
 VERSION = 1
-INFO, INDEX, EMPTY_TEXT, REJECTED = "cache.json", "index.parquet", "empty_text.h5", "rejected.json"
+INFO, INDEX, EMPTY_TEXT = "cache.json", "index.parquet", "empty_text.h5"
 MAX_CAPTION_CHARS = 16_384
 MAX_OPEN_SHARDS = 256  # file descriptors a process keeps; the usual limit is 1024
 STALE_PART_S = 3600.0
@@ -151,17 +153,26 @@ def _flat(value: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 @dataclass(frozen=True)
 class PlannedShard:
     name: str
-    start: int  # its clips are start .. stop-1 of the usable clips, in manifest order
-    stop: int
+    rows: tuple[int, ...]  # of the manifest: its clips
 
 
-def plan_shards(keys: Sequence[str], clips_per_shard: int) -> list[PlannedShard]:
-    """Cut the clips, in their order, into shards. A pure function of its arguments."""
+def plan_shards(keys: Sequence[str | None], rows_per_shard: int) -> list[PlannedShard]:
+    """Cut the rows of the manifest into shards. A pure function of its arguments.
+
+    Cut by rows, which keep their places, and not by clips: a row that becomes usable, or stops being so, changes its
+    own shard and none after it. The price is that a shard may hold fewer clips than it could.
+
+    Args:
+        keys: a key a row, in the order of the manifest; None where the row can't be used.
+        rows_per_shard: shard c holds the clips among rows ``[c * rows_per_shard, (c + 1) * rows_per_shard)``; there is
+            none where no row can be used.
+    """
     plan = []
-    for start in range(0, len(keys), clips_per_shard):
-        stop = min(start + clips_per_shard, len(keys))
-        digest = hashlib.sha256("\n".join(keys[start:stop]).encode()).hexdigest()
-        plan.append(PlannedShard(f"shard-{digest[:16]}.h5", start, stop))
+    for start in range(0, len(keys), rows_per_shard):
+        clips = {i: key for i, key in enumerate(keys[start : start + rows_per_shard], start) if key is not None}
+        if clips:
+            digest = hashlib.sha256("\n".join(clips.values()).encode()).hexdigest()
+            plan.append(PlannedShard(f"shard-{digest[:16]}.h5", tuple(clips)))
     return plan
 
 
@@ -501,19 +512,21 @@ def read_shard(path: Path, channels: int, text_dim: int, dtype: str) -> Shard:
 class Summary:
     samples: int
     rejected: list[dict[str, str]]
+    superseded: int  # shards in the folder that are not of the plan
 
 
 def build_index(folder: Path, shards: Sequence[str]) -> Summary | None:
     """(Re)build index.parquet and rejected.json from the planned shards; None while one of them is missing.
 
     Any worker may do it, several at once too: the same shards give the same bytes. Shards that are not in the plan
-    (of a shorter manifest, say) are left alone and out of the index.
+    (of an earlier manifest, say) are left alone and out of the index; the summary counts them.
 
     Raises:
         DataError: a shard is damaged, or a key comes twice.
     """
     # A listing, not a look-up of each name: on NFS a name that was missing a moment ago is remembered as missing.
-    if not set(shards) <= set(os.listdir(folder)):
+    there = {name for name in os.listdir(folder) if _SHARD.fullmatch(name)}
+    if not set(shards) <= there:
         return None
     info = read_info(folder)
     channels, dim, dtype = info["channels"], info["text_dim"], info["dtype"]
@@ -542,7 +555,7 @@ def build_index(folder: Path, shards: Sequence[str]) -> Summary | None:
     if not (folder / INDEX).exists() or (folder / INDEX).read_bytes() != data:
         write_json(folder / REJECTED, rejected)
         atomic_write(folder / INDEX, data)
-    return Summary(len(rows), rejected)
+    return Summary(len(rows), rejected, len(there - set(shards)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

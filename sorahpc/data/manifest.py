@@ -21,6 +21,7 @@ from sorahpc.errors import DataError
 from sorahpc.runs import atomic_write
 
 MANIFEST = "manifest.parquet"  # its name in the run folder
+REJECTED = "rejected.json"  # what encode could not use, in the cache; named here since the cache's module needs torch
 _VERSION_KEY, _VERSION = b"sorahpc.manifest", b"1"
 _KEY = re.compile(r"[0-9a-f]{16}")
 

@@ -1,6 +1,6 @@
 """Encode: manifest -> decoded clips -> VAE latents and text embeddings -> the latent cache.
 
-An array of independent tasks. The usable clips, in manifest order, are cut into shards; task k of n makes shards
+An array of independent tasks. The rows of the manifest, in their order, are cut into shards; task k of n makes shards
 k, k+n, ..., of which those that exist are done. A clip that can't be encoded is kept in its shard's list with the
 reason, and costs nothing but itself; to try it again, delete the shard. Whoever finds all shards present builds the
 index. The cache doesn't depend on the number of tasks, nor on how often they were killed.
@@ -52,8 +52,7 @@ def run(config: Config, task: Task) -> None:
     assert config.vae is not None and config.text is not None
     manifest = config.run_dir / MANIFEST
     every = read_manifest(manifest)
-    videos = [v for v in every if v.ok]
-    if not videos:
+    if not any(v.ok for v in every):
         raise DataError(f"{shown(manifest)}: no usable video among {len(every)}; its column `reason` says why of each")
     device = torch.device("cuda", task.local_rank % torch.cuda.device_count()) if torch.cuda.is_available() else "cpu"
     vae = load_vae(config.vae.path, config.vae.dtype, device)
@@ -69,23 +68,23 @@ def run(config: Config, task: Task) -> None:
     if not (folder / EMPTY_TEXT).exists():
         write_empty_text(folder, text.encode([""])[0], config.encode.dtype)
 
-    plan = plan_shards([v.key for v in videos], config.encode.clips_per_shard)
+    plan = plan_shards([v.key if v.ok else None for v in every], config.encode.clips_per_shard)
     mine = plan[task.rank :: task.world_size]
-    total = sum(s.stop - s.start for s in mine)
+    total = sum(len(s.rows) for s in mine)
     missing = [s for s in mine if not (folder / s.name).exists()]
-    done = total - sum(s.stop - s.start for s in missing)
+    done = total - sum(len(s.rows) for s in missing)
     log.info("%d clips in %d shards of this task (%d in all); %d clips are there", total, len(mine), len(plan), done)
     task.report(done, total, "clip")
     start = time.monotonic()
     for shard in missing:
         writer = ShardWriter(folder, shard.name, config.encode.dtype, vae.channels, text.dim)
-        for video in videos[shard.start : shard.stop]:
+        for row in shard.rows:
             if task.stop_requested():
                 raise Stopped(f"encode: stopped with {done} of {total} clips written; the shard in work is made again")
-            _encode(video, config.clip, patch_hw, vae, text, writer)
+            _encode(every[row], config.clip, patch_hw, vae, text, writer)
             task.report(done + len(writer.samples) + len(writer.rejected), total, "clip")
         writer.commit()
-        done += shard.stop - shard.start
+        done += len(shard.rows)
     if missing:
         log.info("encoded %d shards in %.1f s", len(missing), time.monotonic() - start)
     _finish(folder, plan)
@@ -138,4 +137,8 @@ def _finish(folder: Path, plan: list[PlannedShard]) -> Summary | None:
         shown_reasons = "; ".join(f"{r['source']}: {r['reason']}" for r in summary.rejected[:MAX_REASONS_SHOWN])
         raise DataError(f"{shown(folder)}: none of {len(summary.rejected)} clips could be encoded: {shown_reasons}")
     log.info("cache complete: %d samples, %d clips rejected (rejected.json)", summary.samples, len(summary.rejected))
+    if summary.superseded:
+        log.info(
+            "%d shards in %s are not of this manifest; left alone, no longer read", summary.superseded, shown(folder)
+        )
     return summary
