@@ -72,9 +72,34 @@ def _launch(job_name: str, config: str, overrides: list[str], cluster: str | Non
     text = f"{job.name}: {'done' if code == 0 else f'ended with exit code {code}'}; run folder {loaded.run_dir}"
     if not finished:
         text = f"{job.name}: submitted as Slurm job {job_id}; see `sorahpc status {loaded.run_dir}`"
+    if finished and code == 0:
+        number, lines = _rejected(loaded, job.name)
+        result |= number
+        text = "\n".join([text, *lines])
     if code == 0 or how["as_json"]:
         _say(result, text, how["as_json"])
     return code
+
+
+def _rejected(config: Config, job: str) -> tuple[dict[str, int], list[str]]:
+    """What a finished prepare or encode could not use: its number as JSON, and the first names with their reasons."""
+    if job not in ("prepare", "encode"):
+        return {}, []
+    from sorahpc.data.manifest import MANIFEST, REJECTED, read_manifest, shown
+
+    path = config.run_dir / MANIFEST if job == "prepare" else config.cache_dir / REJECTED
+    if not path.exists():
+        return {}, []
+    if job == "prepare":
+        assert config.prepare is not None
+        root = config.prepare.videos.absolute()
+        rows = [(os.path.relpath(v.path, root), v.reason) for v in read_manifest(path) if not v.ok]
+    else:
+        rows = [(entry["source"], entry["reason"]) for entry in json.loads(path.read_text(encoding="utf-8"))]
+    lines = [f"rejected {shown(name)}: {shown(reason)}" for name, reason in rows[:MAX_REJECTED_SHOWN]]
+    if len(rows) > MAX_REJECTED_SHOWN:
+        lines.append(f"and {len(rows) - MAX_REJECTED_SHOWN} more; see {path}")
+    return {"rejected": len(rows)}, lines
 
 
 @app.command()
@@ -167,6 +192,10 @@ def _pipeline_here(config: Config, as_json: bool) -> int:
         results.append({"job": job.name, "exit_code": code})
         if code:
             break
+        number, lines = _rejected(config, job.name)
+        results[-1] |= number
+        if not as_json:
+            print("".join(f"{job.name}: {line}\n" for line in lines), end="", flush=True)
     code = results[-1]["exit_code"]
     if as_json:
         _say({"run_dir": str(config.run_dir.absolute()), "jobs": results, "exit_code": code}, "", True)

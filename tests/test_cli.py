@@ -249,3 +249,38 @@ def test_a_cluster_of_ones_own_is_a_file(tmp_path: Path) -> None:
     config = tiny.write_config(tmp_path)
     done = tiny.sorahpc("train", config, "--cluster", "site.yaml", "cluster.qos=low", "--dry-run", cwd=tmp_path)
     assert "#SBATCH --partition=debug" in done.stdout and "#SBATCH --qos=low" in done.stdout
+
+
+def test_prepare_and_encode_end_by_naming_what_they_could_not_use(tmp_path: Path) -> None:
+    from videos import numbered, write_video
+
+    (tmp_path / "videos").mkdir()
+    write_video(tmp_path / "videos/good.mp4", numbered(9))
+    (tmp_path / "videos/good.txt").write_text("numbers")
+    for i in range(11):
+        (tmp_path / f"videos/bad{i:02d}.mp4").write_bytes(b"")
+        (tmp_path / f"videos/bad{i:02d}.txt").write_text("bad")
+    config = tiny.write_config(tmp_path)
+
+    def call(*args: str) -> str:  # the real jobs, not the tiny ones
+        done = subprocess.run(
+            [sys.executable, "-m", "sorahpc.cli", *args], cwd=tmp_path, env=tiny.env(PYTHONPATH=str(tiny.ROOT)),
+            capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    named = [f"rejected bad{i:02d}.mp4: empty file: 0 bytes" for i in range(10)]
+    more = "and 1 more; see runs/tiny/manifest.parquet"
+    assert call("prepare", str(config)).splitlines() == ["prepare: done; run folder runs/tiny", *named, more]
+
+    (tmp_path / "runs/tiny/cache").mkdir()
+    (tmp_path / "runs/tiny/cache/rejected.json").write_text(
+        '[{"key": "", "source": "/v/a\\nb.mp4", "reason": "too short"}]'
+    )
+    assert json.loads(tiny.sorahpc("encode", config, "--json", cwd=tmp_path).stdout)["rejected"] == 1
+    done = tiny.sorahpc("pipeline", config, cwd=tmp_path)
+    assert done.stdout.splitlines()[-2:] == [
+        "encode: rejected /v/a\\nb.mp4: too short",
+        "pipeline: done; run folder runs/tiny",
+    ]

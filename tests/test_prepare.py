@@ -196,6 +196,18 @@ def test_equal_videos_with_equal_captions_are_used_once(videos: Path, clip: byte
     assert [v.ok for v in prepared(videos)] == [False, True, True] and probes == []
 
 
+def test_the_status_counts_duplicates_and_videos_that_are_gone(videos: Path, clip: bytes) -> None:
+    for name in "abc":
+        put(videos / f"{name}.mp4", "same", clip)
+    put(videos / "gone.mp4", "gone", clip)
+    rows = prepared(videos)
+    (videos / "gone.mp4").unlink()
+    rows = prepared(videos)
+    status = json.loads((videos.parent / "runs/r/jobs/prepare/status/0.json").read_text())
+    assert (status["done"], status["total"], status["metrics"]) == (3, 3, {"rejected": 3})
+    assert [v.ok for v in rows] == [True, False, False, False]
+
+
 def test_a_hole_in_our_own_checks_costs_one_row(
     videos: Path, clip: bytes, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -104,6 +104,8 @@ def run(config: Config, task: Task) -> None:
 
     videos = _one_of_each(list(rows.values()))
     _tell(videos, root, kept)
+    num_rejected = sum(not v.ok for v in videos)  # with duplicates, and videos that are gone
+    task.report(len(found), len(found), "video", rejected=num_rejected)
     if not any(v.ok for v in videos):
         raise DataError(_nothing_usable(videos, root))
     write_manifest(manifest, videos)
