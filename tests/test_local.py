@@ -15,7 +15,7 @@ import pytest
 import tiny
 
 from sorahpc.cluster.lease import start_time
-from sorahpc.cluster.local import exit_word, visible_gpus
+from sorahpc.cluster.local import crash_lines, exit_word, visible_gpus
 from sorahpc.runs import read_json
 
 
@@ -66,12 +66,61 @@ def test_a_failed_task_of_an_array_leaves_the_others_alone(tmp_path: Path) -> No
     assert "Traceback" not in done.stderr
 
 
+def test_equal_faults_of_the_tasks_of_an_array_are_told_once(tmp_path: Path) -> None:
+    config = tiny.write_config(tmp_path)
+    done = tiny.sorahpc("encode", config, "encode.resources.tasks=3", cwd=tmp_path, TINY_FAULT="data:*:*")
+    assert done.returncode == 4
+    told = [line for line in done.stderr.splitlines() if line.startswith("sorahpc: ")]
+    assert told[:-1] == ["sorahpc: encode: tasks 0, 1, 2 failed (exit 4): clip 7: fault one; clip 8: fault two"]
+    assert told[-1].startswith("sorahpc: encode: see runs/tiny/jobs/encode/log/rank")
+
+
+@pytest.mark.parametrize(
+    ("fault", "code", "expected"),
+    [
+        ("data:0:3", 4, ["task 0 failed (exit 4): clip 7: fault one; clip 8: fault two", "see LOG"]),
+        ("raise:0:3", 1, ["task 0 failed (exit 1): unexpected RuntimeError: a bug\\nof two lines (traceback in LOG)",
+                          "see LOG"]),
+        ("stop:0:3", 10, ["stopped, progress saved; the same command goes on from here"]),
+        ("", 0, []),
+    ],
+)  # fmt: skip
+def test_a_failure_inline_is_told_once(tmp_path: Path, fault: str, code: int, expected: list[str]) -> None:
+    config = tiny.write_config(tmp_path, cluster={"kind": "inline"})
+    for _ in range(2):  # the log of the first is not told again
+        done = tiny.sorahpc("encode", config, cwd=tmp_path, TINY_FAULT=fault)
+        told = [line for line in done.stderr.splitlines() if line.startswith("sorahpc: ")]
+        where = "runs/tiny/jobs/encode/log/rank0.log"
+        assert told == [f"sorahpc: encode: {line.replace('LOG', where)}" for line in expected]
+        assert done.returncode == code and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", []),
+        ("/a/b.py:3: UserWarning: an Error: x\n  warnings.warn(\n", []),
+        ("loading\n[rank1] progress 3\n", []),
+        (
+            "Fatal Python error: Segmentation fault\n\nThread 0x1:\n  File x\n",
+            ["Fatal Python error: Segmentation fault"],
+        ),
+        ("Traceback (most recent call last):\n  File x\n    y()\npkg.Odd: text\n  warnings.warn(\n", ["pkg.Odd: text"]),
+        ("torch.cuda.OutOfMemoryError: 3 GiB\nbye\n", ["torch.cuda.OutOfMemoryError: 3 GiB"]),
+        ("sorahpc: a: one\nsorahpc: b: two\n", ["a: one", "b: two"]),
+        ("/usr/bin/python: No module named sorahpc\n", ["/usr/bin/python: No module named sorahpc"]),
+    ],
+)
+def test_raw_output_tells_a_crash_and_no_noise(text: str, expected: list[str]) -> None:
+    assert crash_lines(text.splitlines()) == expected
+
+
 @pytest.mark.parametrize(
     ("fault", "code", "cause"),
     [
         ("data:1:3", 4, "rank 1 failed (exit 4): clip 7: fault one; clip 8: fault two"),
         ("raise:1:3", 1, "rank 1 failed (exit 1): unexpected RuntimeError: a bug"),
-        ("kill:1:3", 137, "rank 1 failed (killed by SIGKILL (out of memory?))"),
+        ("kill:1:3", 137, "rank 1 failed (killed by SIGKILL (out of memory?)): no message"),
     ],
 )
 def test_a_failed_rank_ends_the_gang_and_is_named(tmp_path: Path, fault: str, code: int, cause: str) -> None:

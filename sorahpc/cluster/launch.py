@@ -20,7 +20,7 @@ from typing import Any
 from sorahpc.cluster.lease import Lease, identity, is_alive
 from sorahpc.cluster.worker import Heartbeat, Place, Spec, execute, resources
 from sorahpc.config import Config, dump_config, load_config
-from sorahpc.errors import ConfigError, SetupError
+from sorahpc.errors import ConfigError, SetupError, Stopped
 from sorahpc.runs import JobFolder, Task, atomic_write, read_state, write_json
 
 MAX_DIFF_BYTES = 16 << 20
@@ -256,9 +256,10 @@ def launch(
 
 
 def run_inline(config: Config, job: Job, launch_id: str, progress: bool) -> int:
-    """The job in this process, as the one task of one."""
+    """The job in this process, as the one task of one. Prints how it ended, unless well, as the local launcher does."""
     import contextlib
 
+    from sorahpc.cluster.local import log_sizes, tell_end
     from sorahpc.cluster.signals import StopFlag
     from sorahpc.cluster.worker import export_gang
     from sorahpc.log import Progress
@@ -271,10 +272,15 @@ def run_inline(config: Config, job: Job, launch_id: str, progress: bool) -> int:
             del os.environ[name]  # this process may sit inside an allocation; its ranks are none of ours
         export_gang(place, os.environ)
     stop = StopFlag().install()
+    folder = folder_of(config, job)
+    sizes = log_sizes(folder)
     try:
-        with Progress(folder_of(config, job)) if progress else contextlib.nullcontext():
-            loaded = load_config(folder_of(config, job).config)
-            return execute(make_spec(config, job), loaded, place, stop, stderr=False)
+        with Progress(folder) if progress else contextlib.nullcontext():
+            loaded = load_config(folder.config)
+            code = execute(make_spec(config, job), loaded, place, stop, stderr=False)
+        if code:
+            tell_end(folder, job.kind, {0: code}, [] if code == Stopped.exit_code else [0], sizes, sys.stderr)
+        return code
     finally:
         stop.restore()
         os.environ.clear()

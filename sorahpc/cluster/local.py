@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -23,12 +24,22 @@ from sorahpc.cluster.worker import resources
 from sorahpc.config import Config
 from sorahpc.errors import SetupError, Stopped
 from sorahpc.log import Progress
-from sorahpc.runs import JobFolder, read_json, write_json
+from sorahpc.runs import JobFolder, read_state, write_json
 
 POLL_S = 0.05
 GANG_GRACE_S = 15.0  # after a rank failed: the others are most likely stuck waiting for it
 STOP_GRACE_S = 120.0  # on request: the time a large checkpoint takes; as cluster.signal_lead_s by default
 SCHEDULER = ("SLURM_", "SRUN_")
+
+# Lines of a process' raw output that tell why it ended; all else there is warnings and prints.
+CRASH = re.compile(
+    r"sorahpc: .+"
+    r"|Fatal Python error: .+"
+    r"|[\w.]*(?:Error|Exception|Interrupt)(?:: .*)?$"
+    r"|terminate called .+"
+    r"|\S+: No module named .+"
+    r"|\S+: error while loading shared libraries: .+"
+)
 
 
 def visible_gpus(env: dict[str, str]) -> list[str]:
@@ -76,7 +87,7 @@ def last_error(folder: JobFolder, rank: int, start: dict[Path, int]) -> str:
         except OSError:
             continue
         if path.suffix == ".out":
-            errors = [line for line in lines if line.strip()][-1:]
+            errors = crash_lines(lines)
         else:  # the faults that it ended with, each a line
             last = next((i for i, line in enumerate(reversed(lines)) if " ERROR " in line), None)
             lines = lines[: len(lines) - last] if last is not None else []
@@ -84,6 +95,20 @@ def last_error(folder: JobFolder, rank: int, start: dict[Path, int]) -> str:
         if errors:
             return "; ".join(line.strip() for line in errors)
     return "no message"
+
+
+def crash_lines(lines: list[str]) -> list[str]:
+    """Why a process ended, from its raw output: the last crash, or the faults it named before it had a log."""
+    found: list[str] = []
+    in_traceback = False
+    for line in lines:
+        if line.startswith("Traceback (most recent call last)"):
+            in_traceback = True
+        elif (in_traceback and line.strip() and not line.startswith(" ")) or CRASH.match(line):
+            in_traceback = False
+            before = found if found and line.startswith("sorahpc: ") and found[-1].startswith("sorahpc: ") else []
+            found = [*before, line]
+    return [line.removeprefix("sorahpc: ") for line in found[-5:]]
 
 
 def _trailing_errors(lines: list[str]) -> list[str]:
@@ -99,6 +124,48 @@ def exit_word(code: int) -> str:
         return f"exit {code}"
     hint = " (out of memory?)" if code == -signal.SIGKILL else ""
     return f"killed by {signal.Signals(-code).name}{hint}"
+
+
+def tell_end(
+    folder: JobFolder, kind: str, codes: dict[int, int], failed: list[int], sizes: dict[Path, int], stream: TextIO
+) -> str:
+    """Print how tasks ended that did not end well, equal faults once.
+
+    Args:
+        kind: of the job: of a gang the rank that failed first is the cause, and told alone.
+        codes: how each task ended, by task, as `subprocess` has it.
+        failed: the tasks that failed, in the order of their ends; none: they were stopped.
+        sizes: of the files of the log folder, before the tasks started.
+
+    Returns:
+        What was told of the failed ones.
+    """
+    if not failed:
+        print(f"sorahpc: {folder.job}: stopped, progress saved; the same command goes on from here", file=stream)
+        return ""
+    faults: dict[str, list[int]] = {}
+    for rank in failed[:1] if kind == "gang" else failed:
+        faults.setdefault(f"failed ({exit_word(codes[rank])}): {last_error(folder, rank, sizes)}", []).append(rank)
+    told = [f"{_tasks_word(kind, ranks)} {fault}" for fault, ranks in list(faults.items())[:10]]
+    log, out = folder.log(failed[0]), folder.log(failed[0]).with_suffix(".out")
+    grown = log.exists() and log.stat().st_size > sizes.get(log, 0)
+    for line in [*told, f"see {log if grown or not out.exists() else out}"]:
+        print(f"sorahpc: {folder.job}: {line}", file=stream)
+    return "\n".join(told)
+
+
+def _tasks_word(kind: str, ranks: list[int]) -> str:
+    """`rank 1`, `tasks 0, 2`, `tasks 0, 1, 2, 3, 4 and 11 more`."""
+    word = "rank" if kind == "gang" else "task" if len(ranks) == 1 else "tasks"
+    more = f" and {len(ranks) - 5} more" if len(ranks) > 5 else ""
+    return f"{word} {', '.join(map(str, sorted(ranks)[:5]))}{more}"
+
+
+def log_sizes(folder: JobFolder) -> dict[Path, int]:
+    """Sizes of the files of the log folder, which is made."""
+    logs = folder.log(0).parent
+    logs.mkdir(parents=True, exist_ok=True)
+    return {p: p.stat().st_size for p in logs.iterdir()}
 
 
 def run_local(config: Config, job: Job, launch: str, progress: bool, stream: TextIO | None = None) -> int:
@@ -134,8 +201,7 @@ def run_local(config: Config, job: Job, launch: str, progress: bool, stream: Tex
     else:
         slots = min(tasks, config.cluster.max_array_parallel, len(gpus) or max(1, len(os.sched_getaffinity(0)) // cpus))
 
-    folder.log(0).parent.mkdir(parents=True, exist_ok=True)
-    sizes = {p: p.stat().st_size for p in folder.log(0).parent.iterdir()}
+    sizes = log_sizes(folder)
     waiting, running, free = list(range(tasks)), dict[int, tuple[subprocess.Popen[bytes], int]](), list(range(slots))
     codes: dict[int, int] = {}
     failed: list[int] = []  # in the order of their ends: the first is the cause
@@ -196,19 +262,10 @@ def run_local(config: Config, job: Job, launch: str, progress: bool, stream: Tex
 
     result, message = 0, ""
     unfinished = len(waiting) + sum(code != 0 for code in codes.values())
-    if failed:
-        who = "rank" if job.kind == "gang" else "task"
-        told = [
-            f"{who} {rank} failed ({exit_word(codes[rank])}): {last_error(folder, rank, sizes)}"
-            for rank in (failed[:1] if job.kind == "gang" else failed[:10])
-        ]
-        for line in [*told, f"see {folder.log(failed[0])}"]:
-            print(f"sorahpc: {job.name}: {line}", file=stream)
-        code = codes[failed[0]]
-        result, message = code if code > 0 else 128 - code, "\n".join(told)
-    elif unfinished:
-        print(f"sorahpc: {job.name}: stopped, progress saved; the same command goes on from here", file=stream)
-        result = Stopped.exit_code
+    if failed or unfinished:
+        message = tell_end(folder, job.kind, codes, failed, sizes, stream)
+        code = codes[failed[0]] if failed else Stopped.exit_code
+        result = code if code > 0 else 128 - code
     # A killed rank leaves no word of its own.
-    write_json(folder.launch, {**(read_json(folder.launch) or {}), "exit_code": result, "message": message})
+    write_json(folder.launch, {**(read_state(folder.launch) or {}), "exit_code": result, "message": message})
     return 130 if forward.first == signal.SIGINT and unfinished else result

@@ -1,12 +1,14 @@
 """What the tiny jobs share. They count in files, and go wrong where TINY_FAULT says.
 
-TINY_FAULT=<kind>:<rank>:<item>[:<restart>] with kind raise, data, stop, kill, exit, hang; TINY_ITEM_S: seconds an item.
+TINY_FAULT=<kind>:<rank or *>:<item or *>[:<restart>] with kind raise, data, stop, kill, exit, hang; TINY_ITEM_S:
+seconds an item.
 """
 
 import logging
 import os
 import signal
 import time
+import warnings
 
 from sorahpc.errors import DataError, Stopped
 from sorahpc.runs import atomic_write
@@ -19,7 +21,7 @@ def fault(task, item):
     if not text:
         return
     kind, rank, at, *restart = text.split(":")
-    if int(rank) != task.rank or int(at) != item or (restart and int(restart[0]) != task.restart):
+    if rank not in ("*", str(task.rank)) or at not in ("*", str(item)) or (restart and int(restart[0]) != task.restart):
         return
     if kind == "raise":
         raise RuntimeError("a bug\nof two lines")
@@ -28,6 +30,7 @@ def fault(task, item):
     if kind == "stop":
         raise Stopped("asks to be requeued")
     if kind == "kill":
+        warnings.warn("noise", stacklevel=1)
         os.kill(os.getpid(), signal.SIGKILL)
     if kind == "exit":
         raise SystemExit(0)
