@@ -694,7 +694,7 @@ class LatentCache:
         if not path.exists():
             raise DataError(f"{name}: missing, so the cache isn't complete; run `sorahpc encode` again")
         try:
-            table = pq.read_table(pa.BufferReader(path.read_bytes()))
+            table = pq.ParquetFile(pa.BufferReader(path.read_bytes())).read(use_threads=False)  # as in manifest.py
             meta = json.loads((table.schema.metadata or {}).get(_META, b"{}"))
         except (OSError, ValueError, RecursionError) as error:
             first = (str(error).splitlines() or ["unreadable"])[0]

@@ -103,7 +103,8 @@ def read_manifest(path: Path) -> list[Video]:
     except OSError as error:
         raise DataError(f"{name}: can't read the manifest: {error.strerror}; run `sorahpc prepare` again") from None
     try:
-        table = pq.read_table(pa.BufferReader(data))
+        # One thread: with Arrow's pool 2 of 40 short processes aborted at exit (pyarrow 26.0.1, "terminate called").
+        table = pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False)
     except (pa.ArrowException, OSError) as error:  # of bytes in memory, so whatever Arrow calls it, it is the content
         first = str(error).splitlines()[0]
         raise DataError(
