@@ -103,7 +103,7 @@ def run(config: Config, task: Task) -> None:
         return
 
     try:
-        models = _load(config, checkpoint)
+        models = _load(config, checkpoint, task.local_rank)
         _check_sizes(config, items, models)
         for unit, lacking in zip(units, missing, strict=True):
             if not lacking:
@@ -213,9 +213,9 @@ def _checkpoint(config: Config) -> Path:
     return found
 
 
-def _load(config: Config, checkpoint: Path) -> Models:
+def _load(config: Config, checkpoint: Path, local_rank: int) -> Models:
     assert config.vae is not None and config.text is not None
-    model, meta = load_ema_for_sampling(checkpoint)
+    model, meta = load_ema_for_sampling(checkpoint, local_rank)
     device = next(model.parameters()).device
     text = load_text(config.text.path, config.text.max_tokens, config.text.dtype, device)
     vae = load_vae(config.vae.path, config.vae.dtype, device)
