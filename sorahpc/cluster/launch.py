@@ -10,6 +10,7 @@ import importlib.metadata
 import os
 import platform
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -280,7 +281,7 @@ def run_inline(config: Config, job: Job, launch_id: str, progress: bool) -> int:
             code = execute(make_spec(config, job), loaded, place, stop, stderr=False)
         if code:
             tell_end(folder, job.kind, {0: code}, [] if code == Stopped.exit_code else [0], sizes, sys.stderr)
-        return code
+        return 130 if code == Stopped.exit_code and stop.signal == signal.SIGINT else code
     finally:
         stop.restore()
         os.environ.clear()

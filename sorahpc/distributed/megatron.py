@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from sorahpc.config import ModelConfig, TrainConfig
+from sorahpc.distributed import gloo
 from sorahpc.distributed.mesh import Mesh, init_process_group, pick_device
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -85,6 +86,9 @@ def _core() -> Any:
     # Megatron calls collectives by names that torch 2.13 has renamed; one warning a process and name.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     _mend_torch_adam(DistributedOptimizer)
+    if on_cpu:
+        for module in (megatron.core.tensor_parallel.layers, megatron.core.tensor_parallel.mappings):
+            module.dist_all_gather_func, module.dist_reduce_scatter_func = gloo.all_gather, gloo.reduce_scatter
     return megatron.core
 
 
@@ -265,9 +269,9 @@ def wrap_ddp(model: nn.Module, config: Any) -> Any:
 
 def make_optimizer(ddp: Any, train: TrainConfig, dtype: torch.dtype) -> Any:
     """AdamW with float32 master weights and states, split over dp (also at dp = 1: one checkpoint format)."""
-    optimizer = _core().optimizer
-    return optimizer.get_megatron_optimizer(
-        optimizer.OptimizerConfig(
+    core = _core().optimizer
+    optimizer = core.get_megatron_optimizer(
+        core.OptimizerConfig(
             optimizer="adam",
             lr=train.lr,
             weight_decay=train.weight_decay,
@@ -282,6 +286,11 @@ def make_optimizer(ddp: Any, train: TrainConfig, dtype: torch.dtype) -> Any:
         [ddp],
         use_gloo_process_groups=False,
     )
+    for inner in _parts(optimizer):
+        if isinstance(inner.optimizer, torch.optim.AdamW):  # neither Transformer Engine nor Apex
+            for group in inner.optimizer.param_groups:
+                group["fused"] = True
+    return optimizer
 
 
 def finalize_grads(ddp: Any) -> None:
