@@ -30,9 +30,8 @@ def exchange_cases(rank: int, world_size: int) -> list[str]:
         dist.all_gather(list(gathered.chunk(world_size)), part, group=group)
 
         out = torch.empty_like(whole)
-        assert (
-            gloo.all_gather(out, part.t().contiguous().t(), group=group) is None
-        )  # strides that can't be sent as such
+        # With strides that can't be sent as they are.
+        assert gloo.all_gather(out, part.t().contiguous().t(), group=group) is None
         assert torch.equal(out, gathered)
         mine = torch.empty_like(part)
         assert gloo.reduce_scatter(mine, whole.t().contiguous().t(), group=group) is None

@@ -86,7 +86,7 @@ def _core() -> Any:
     # Megatron calls collectives by names that torch 2.13 has renamed; one warning a process and name.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     _mend_torch_adam(DistributedOptimizer)
-    if on_cpu:
+    if on_cpu:  # gloo's own wait on worker threads; both modules bind the names at import
         for module in (megatron.core.tensor_parallel.layers, megatron.core.tensor_parallel.mappings):
             module.dist_all_gather_func, module.dist_reduce_scatter_func = gloo.all_gather, gloo.reduce_scatter
     return megatron.core
@@ -287,7 +287,8 @@ def make_optimizer(ddp: Any, train: TrainConfig, dtype: torch.dtype) -> Any:
         use_gloo_process_groups=False,
     )
     for inner in _parts(optimizer):
-        if isinstance(inner.optimizer, torch.optim.AdamW):  # neither Transformer Engine nor Apex
+        # Neither Transformer Engine nor Apex: torch's default goes parameter by parameter, three times as slow here.
+        if isinstance(inner.optimizer, torch.optim.AdamW):
             for group in inner.optimizer.param_groups:
                 group["fused"] = True
     return optimizer

@@ -141,7 +141,11 @@ class Vae:
             x = x.permute(3, 0, 1, 2)[None].to(self.dtype) / 127.5 - 1
             try:
                 z = self.module.encode(x).latent_dist.mode()[0].float().cpu().contiguous()
-            except NotImplementedError as error:  # Haar patches in bfloat16 on the CPU, for one
+            except NotImplementedError as error:
+                # torch says so where a kernel lacks the dtype (Haar patches in bfloat16 on the CPU, for one): the
+                # user's choice, and ours to explain. In float32 there is nothing to change: a bug, with its traceback.
+                if self.dtype is torch.float32:
+                    raise
                 raise ConfigError(
                     f"vae.dtype: {self.id} can't compute in {self.dtype} on {self.device.type} ({error}); use float32"
                 ) from None
