@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from models import write_t5, write_vae
 
 from sorahpc.config import Config, parse_config
 from sorahpc.data.cache import INDEX, LatentCache
@@ -20,7 +21,6 @@ from sorahpc.data.toyworld import write_world
 from sorahpc.errors import ConfigError, DataError, Stopped
 from sorahpc.jobs import encode, prepare
 from sorahpc.models.text import make_tiny_t5
-from sorahpc.models.vae import build_vae, save_vae
 from sorahpc.runs import Task
 
 CLIPS = 14
@@ -35,15 +35,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, data in BROKEN.items():
         (folder / "videos" / name).write_bytes(data)
         (folder / "videos" / name).with_suffix(".txt").write_text("broken")
-    make_tiny_t5(folder / "t5", [p.read_text() for p in sorted((folder / "videos").glob("*.txt"))], dim=16, seed=0)
-    arch = {
-        "latent_channels": 4, "encoder_block_out_channels": [8, 8, 8], "decode_block_out_channels": [8, 8, 8],
-        "attention_resolutions": [], "resolution": 64, "num_layers": 1, "patch_size": 4,
-        "spatial_compression_ratio": 8, "temporal_compression_ratio": 4, "latents_mean": None, "latents_std": None,
-    }  # fmt: skip
-    torch.manual_seed(0)
-    vae = build_vae("AutoencoderKLCosmos", arch)
-    save_vae(vae, vae.module.state_dict(), folder / "vae", torch.float32)
+    write_t5(folder / "t5", folder / "videos")
+    write_vae(folder / "vae")
     config = make_config(folder, "prepared")
     prepare.run(config, Task(config.run_dir, "prepare"))
     victim = folder / "videos/000003.mp4"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
+from models import write_t5, write_vae
 
 from sorahpc.config import Config, parse_config
 from sorahpc.data.manifest import read_manifest
@@ -17,8 +17,6 @@ from sorahpc.data.mp4 import write_mp4
 from sorahpc.data.toyworld import caption, render, scene_of, write_world
 from sorahpc.errors import DataError, Stopped
 from sorahpc.jobs import encode, evaluate, prepare
-from sorahpc.models.text import make_tiny_t5
-from sorahpc.models.vae import build_vae, save_vae
 from sorahpc.report import ASPECTS, shares
 from sorahpc.runs import Task
 
@@ -100,15 +98,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Five captioned clips, a tiny VAE and T5 with random weights."""
     folder = tmp_path_factory.mktemp("world")
     write_world(folder / "videos", 5, seed=1)
-    make_tiny_t5(folder / "t5", [p.read_text() for p in sorted((folder / "videos").glob("*.txt"))], dim=16, seed=0)
-    arch = {
-        "latent_channels": 4, "encoder_block_out_channels": [8, 8, 8], "decode_block_out_channels": [8, 8, 8],
-        "attention_resolutions": [], "resolution": 64, "num_layers": 1, "patch_size": 4,
-        "spatial_compression_ratio": 8, "temporal_compression_ratio": 4, "latents_mean": None, "latents_std": None,
-    }  # fmt: skip
-    torch.manual_seed(0)
-    vae = build_vae("AutoencoderKLCosmos", arch)
-    save_vae(vae, vae.module.state_dict(), folder / "vae", torch.float32)
+    write_t5(folder / "t5", folder / "videos")
+    write_vae(folder / "vae")
     return folder
 
 

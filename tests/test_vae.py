@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from models import COSMOS, write_vae
 from safetensors.torch import load_file, save_file
 
 from sorahpc.config import Config, load_config, parse_config, shipped_dir
@@ -20,11 +21,6 @@ from sorahpc.errors import ConfigError
 from sorahpc.models.vae import CLASSES, WEIGHTS, build_vae, load_vae, save_vae
 from sorahpc.runs import Task
 
-COSMOS = {
-    "latent_channels": 4, "encoder_block_out_channels": [8, 8, 8], "decode_block_out_channels": [8, 8, 8],
-    "attention_resolutions": [], "resolution": 64, "num_layers": 1, "patch_size": 4, "spatial_compression_ratio": 8,
-    "temporal_compression_ratio": 4, "latents_mean": None, "latents_std": None,
-}  # fmt: skip
 FOUR = {"latent_channels": 4, "block_out_channels": [8, 8, 8, 8], "layers_per_block": 1}
 ZOO = {
     "AutoencoderKLCosmos": (COSMOS, (4, 8, 8), 4),
@@ -41,11 +37,7 @@ ZOO = {
 
 @pytest.fixture(scope="module")
 def cosmos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("vae")
-    torch.manual_seed(0)
-    vae = build_vae("AutoencoderKLCosmos", COSMOS)
-    save_vae(vae, vae.module.state_dict(), folder, torch.float32)
-    return folder
+    return write_vae(tmp_path_factory.mktemp("vae"))
 
 
 def noise_clip(frames: int, height: int, width: int) -> np.ndarray:
