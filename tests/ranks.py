@@ -84,3 +84,7 @@ if __name__ == "__main__":
     function = getattr(importlib.import_module(module), name)
     result = function(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), *args)
     Path(sys.argv[2]).write_bytes(pickle.dumps(result))
+    import torch.distributed as dist
+
+    if dist.is_initialized():  # a function may leave it open, to call another that needs it
+        dist.destroy_process_group()

@@ -29,7 +29,14 @@ def _meta(step: int) -> Meta:
 
 
 def train_and_save(
-    rank: int, world_size: int, tp: int, root: Path, steps: int, start: bool, dtype: str = "float32"
+    rank: int,
+    world_size: int,
+    tp: int,
+    root: Path,
+    steps: int,
+    start: bool,
+    dtype: str = "float32",
+    name: str = "adamw",
 ) -> dict[str, Any]:
     """From scratch or from the newest checkpoint: train, save, and return whole parameters, EMA and losses."""
     from sorahpc.distributed import megatron
@@ -41,7 +48,8 @@ def train_and_save(
     torch_dtype = getattr(torch, dtype)
     model = DiT(MODEL, mesh, channels=CHANNELS, text_dim=TEXT_DIM, dtype=torch_dtype)
     ddp = megatron.wrap_ddp(model, model.config)
-    optimizer = megatron.make_optimizer(ddp, TRAIN, torch_dtype)
+    train = TRAIN.model_copy(update={"optimizer": name})
+    optimizer = megatron.make_optimizer(ddp, train, mesh, torch_dtype)
     ema = Ema(model, optimizer, mesh, 0.9)
     step = 0
     if not start:
@@ -70,7 +78,6 @@ def train_and_save(
         "model": {n: _whole(p.detach(), p, mesh) for n, p in model.named_parameters()},
         "ema": {n: _whole(averages[n], p, mesh) for n, p in model.named_parameters()},
     }
-    megatron.stop()
     return result
 
 

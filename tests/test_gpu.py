@@ -40,7 +40,7 @@ def _steps(dtype: torch.dtype, steps: int) -> list[float]:
         assert mesh.device.type == "cuda"
         model = DiT(MODEL, mesh, channels=CHANNELS, text_dim=TEXT_DIM, dtype=dtype, seed=3)
         ddp = megatron.wrap_ddp(model, model.config)
-        optimizer = megatron.make_optimizer(ddp, TRAIN, dtype)
+        optimizer = megatron.make_optimizer(ddp, TRAIN, mesh, dtype)
         ema = Ema(model, optimizer, mesh, 0.9)
         batch: dict[str, Any] = _batch(0)
         target = torch.randn(batch["tokens"].shape, generator=torch.Generator().manual_seed(1))

@@ -71,7 +71,7 @@ def parity_cases(rank: int, world_size: int, tp: int) -> dict[str, Any]:
         model = DiT(MODEL, mesh, channels=CHANNELS, text_dim=TEXT_DIM, dtype=torch.float32, seed=3)
         _wake(model)
         ddp = megatron.wrap_ddp(model, model.config)
-        optimizer = megatron.make_optimizer(ddp, TRAIN, torch.float32)
+        optimizer = megatron.make_optimizer(ddp, TRAIN, mesh, torch.float32)
 
         def pack(seed: int) -> PackBatch:
             batch = _batch(seed)

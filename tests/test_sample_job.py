@@ -64,7 +64,7 @@ def save_checkpoint(folder: Path, vae: Any, text: Any, mesh: Any, *, step: int) 
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
     ddp = megatron.wrap_ddp(model, model.config)
-    optimizer = megatron.make_optimizer(ddp, train, torch.float32)
+    optimizer = megatron.make_optimizer(ddp, train, mesh, torch.float32)
     x = torch.randn(4, model.final.out_features, generator=generator)
     text_tokens = torch.ones(3, TEXT_DIM)
     pack = PackBatch(x, -x, torch.tensor([0.5]), torch.tensor([[1, 2, 2]]), text_tokens, [3])

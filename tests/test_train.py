@@ -160,7 +160,7 @@ def test_one_batch_is_learnt_by_heart(world: dict[str, Any]) -> None:
         assert len({tuple(g) for g in pack.grids.tolist()}) > 1, "samples of different grids train together"
         model = DiT(config.model, mesh, channels=cache.channels, text_dim=cache.text_dim, dtype=torch.float32)
         ddp = megatron.wrap_ddp(model, model.config)
-        optimizer = megatron.make_optimizer(ddp, config.train, torch.float32)
+        optimizer = megatron.make_optimizer(ddp, config.train, mesh, torch.float32)
         losses = []
         for step in range(400):
             losses.append(train.accumulate_gradients(ddp, [pack], pack.target.numel(), mesh))

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from sorahpc.config import ModelConfig, TrainConfig
-from sorahpc.distributed import gloo
+from sorahpc.distributed import gloo, muon
 from sorahpc.distributed.mesh import Mesh, init_process_group, pick_device
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -182,12 +182,13 @@ def column_linear(
     """[L or L/tp, in_dim] -> [L, out_dim / tp]: weight cut by rows; under SP the tokens are gathered first.
 
     Args:
-        parts: how many equal projections are fused in the output; each gets Xavier's bound for its own shape.
+        parts: how many equal projections are fused in the output, head by head; each gets Xavier's bound for its own
+            shape, and Muon takes each by itself.
         replicated_input: the input is whole on every rank (text) even where activations are split by tokens.
     """
     if replicated_input and config.sequence_parallel:
         config = _with_sp_off(config)
-    return _core().tensor_parallel.ColumnParallelLinear(
+    layer = _core().tensor_parallel.ColumnParallelLinear(
         in_dim,
         out_dim,
         config=config,
@@ -198,11 +199,13 @@ def column_linear(
         is_expert=False,
         tp_group=mesh.tp_group,
     )
+    layer.weight.fused = (parts, config.hidden_size // config.num_attention_heads if parts > 1 else 1)
+    return layer
 
 
 def row_linear(config: Any, mesh: Mesh, in_dim: int, out_dim: int, *, zero: bool = False) -> nn.Module:
     """[L, in_dim / tp] -> [L or L/tp, out_dim]: weight cut by columns; sums, and under SP scatters, the outputs."""
-    return _core().tensor_parallel.RowParallelLinear(
+    layer = _core().tensor_parallel.RowParallelLinear(
         in_dim,
         out_dim,
         config=config,
@@ -213,6 +216,8 @@ def row_linear(config: Any, mesh: Mesh, in_dim: int, out_dim: int, *, zero: bool
         is_expert=False,
         tp_group=mesh.tp_group,
     )
+    layer.weight.fused = (1, 1)
+    return layer
 
 
 def _with_sp_off(config: Any) -> Any:
@@ -267,8 +272,9 @@ def wrap_ddp(model: nn.Module, config: Any) -> Any:
     return distributed.DistributedDataParallel(config, ddp_config, model)
 
 
-def make_optimizer(ddp: Any, train: TrainConfig, dtype: torch.dtype) -> Any:
-    """AdamW with float32 master weights and states, split over dp (also at dp = 1: one checkpoint format)."""
+def make_optimizer(ddp: Any, train: TrainConfig, mesh: Mesh, dtype: torch.dtype) -> Any:
+    """AdamW, with Muon for the layers' matrices if asked for, with float32 master weights and states, split over dp
+    (also at dp = 1: one checkpoint format)."""
     core = _core().optimizer
     optimizer = core.get_megatron_optimizer(
         core.OptimizerConfig(
@@ -286,11 +292,23 @@ def make_optimizer(ddp: Any, train: TrainConfig, dtype: torch.dtype) -> Any:
         [ddp],
         use_gloo_process_groups=False,
     )
-    for inner in _parts(optimizer):
+    (inner,) = _parts(optimizer)  # a dense model is one part
+    if isinstance(inner.optimizer, torch.optim.AdamW):
         # Neither Transformer Engine nor Apex: torch's default goes parameter by parameter, three times as slow here.
-        if isinstance(inner.optimizer, torch.optim.AdamW):
-            for group in inner.optimizer.param_groups:
-                group["fused"] = True
+        for group in inner.optimizer.param_groups:
+            group["fused"] = True
+    if train.optimizer == "muon":
+        shards = {parameter: shard for parameter, *shard in main_shards(optimizer)}
+        matrices = [
+            muon.Matrix(
+                tuple(parameter.shape), parameter.partition_dim, parameter.fused, *shards.get(parameter, (None, 0, 0))
+            )
+            for parameter in ddp.module.parameters()
+            if hasattr(parameter, "fused")
+        ]
+        # As its authors do: half precision where it is fast. The iteration corrects its own rounding.
+        compute = torch.bfloat16 if mesh.device.type == "cuda" else torch.float32
+        inner.optimizer.register_step_pre_hook(muon.Muon(matrices, mesh, compute))
     return optimizer
 
 

@@ -76,7 +76,7 @@ def _train(config: Config, task: Task, cache: LatentCache, mesh: Mesh) -> None:
 
     model = DiT(model_config, mesh, channels=cache.channels, text_dim=cache.text_dim, dtype=dtype, seed=train.seed)
     ddp = megatron.wrap_ddp(model, model.config)
-    optimizer = megatron.make_optimizer(ddp, train, dtype)
+    optimizer = megatron.make_optimizer(ddp, train, mesh, dtype)
     ema = Ema(model, optimizer, mesh, train.ema_decay)
 
     step, consumed, mean, std = 0, 0, cache.mean, cache.std
