@@ -30,6 +30,7 @@ import torch
 from sorahpc.config import ClipConfig, Config, TrainVaeConfig, config_hash
 from sorahpc.data.decode import decode, plan_clip
 from sorahpc.data.manifest import read_manifest
+from sorahpc.distributed.muon import orthogonalize
 from sorahpc.errors import DataError, NumericsError, Stopped
 from sorahpc.models.vae import Vae, build_vae, load_vae, save_vae
 from sorahpc.runs import Task, atomic_write, write_json
@@ -218,8 +219,8 @@ def moving_pixels(clip: np.ndarray, most: int = 512) -> np.ndarray:
 class Muon(torch.optim.Optimizer):
     """Momentum whose update is replaced by the nearest orthogonal matrix, so that all directions learn equally fast.
 
-    For parameters of two and more axes, read as [first axis, all others]. Five steps of the quintic Newton-Schulz
-    iteration bring the singular values near 1 (K. Jordan et al., "Muon: an optimizer for hidden layers", 2024).
+    For parameters of two and more axes, read as [first axis, all others]. That of the DiT, whose matrices are cut over
+    ranks, is sorahpc.distributed.muon.
     """
 
     def __init__(self, parameters: list[torch.nn.Parameter], lr: float, momentum: float = 0.9) -> None:
@@ -233,19 +234,9 @@ class Muon(torch.optim.Optimizer):
                     continue
                 average = self.state[p].setdefault("average", torch.zeros_like(p))
                 average.lerp_(p.grad, 1 - group["momentum"])
-                update = _orthogonal(p.grad.lerp(average, group["momentum"]).reshape(len(p), -1))
+                update = orthogonalize(p.grad.lerp(average, group["momentum"]).reshape(1, len(p), -1))[0]
                 scale = max(1.0, update.shape[0] / update.shape[1]) ** 0.5
                 p.sub_(update.reshape(p.shape), alpha=group["lr"] * scale)
-
-
-def _orthogonal(x: torch.Tensor) -> torch.Tensor:
-    flip = x.shape[0] > x.shape[1]
-    x = x.T if flip else x
-    x = x / (x.norm() + 1e-7)
-    for _ in range(5):
-        a = x @ x.T
-        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
-    return x.T if flip else x
 
 
 def measure(vae: Vae, clips: list[np.ndarray]) -> dict[str, float | int | list[float] | None]:
