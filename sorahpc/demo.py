@@ -136,14 +136,14 @@ def make_prompts(config: Config) -> None:
 
 
 def prompts(count: int) -> list[str]:
-    """Captions of the toy world without bounce or bar; each colour, shape and direction comes equally often."""
+    """Captions of the toy world without bounce or bar; any 72 hold each combination of colour, shape and direction."""
     colours, shapes, directions = list(COLOURS), list(SHAPES), list(DIRECTIONS)
     sizes, speeds = list(SIZES), list(SPEEDS)
     out = []
     for i in range(count):
         colour = colours[i % 6]
         shape = shapes[(i + i // 6) % 3]
-        direction = directions[(i + i // 12) % 4]
+        direction = directions[(i % 6 + i // 6 % 3 + i // 18) % 4]
         out.append(f"a {sizes[i // 3 % 2]} {colour} {shape} moves {direction} {speeds[i // 2 % 2]}")
     return out
 
