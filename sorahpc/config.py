@@ -255,7 +255,8 @@ class TrainConfig(Section):
     sp: bool = Field(True, description="sequence parallelism inside the tensor-parallel group; no effect at tp=1")
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 on CUDA, fp32 on CPU")
     optimizer: Literal["adamw", "muon"] = Field(
-        "adamw", description="muon: the layers' matrices take orthogonalised steps of AdamW's size, the rest is AdamW"
+        "adamw",
+        description="muon: attention and MLP matrices take orthogonalised steps of AdamW's size; AdamW the rest",
     )
     lr: float = Field(1e-4, gt=0)
     warmup_steps: int = Field(100, ge=0, description="linear warm-up, then constant")

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import run_on_ranks
-from test_parallel_parity import CHANNELS, MODEL, TEXT_DIM, TRAIN, _batch, _whole
+from test_parallel_parity import CHANNELS, MODEL, TEXT_DIM, TRAIN, _batch, _wake, _whole
 
 from sorahpc.config import Config
 from sorahpc.distributed import checkpoint
@@ -47,8 +47,9 @@ def train_and_save(
     mesh = megatron.start(rank, world_size, tp=tp, sp=True)
     torch_dtype = getattr(torch, dtype)
     model = DiT(MODEL, mesh, channels=CHANNELS, text_dim=TEXT_DIM, dtype=torch_dtype)
+    _wake(model)  # every parameter has a gradient, and a moment to lose, from the first step
     ddp = megatron.wrap_ddp(model, model.config)
-    train = TRAIN.model_copy(update={"optimizer": name})
+    train = TRAIN.model_copy(update={"optimizer": name, "weight_decay": 0.1})
     optimizer = megatron.make_optimizer(ddp, train, mesh, torch_dtype)
     ema = Ema(model, optimizer, mesh, 0.9)
     step = 0

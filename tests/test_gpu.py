@@ -29,7 +29,7 @@ def test_varlen_attention_is_attention_within_each_sample() -> None:
     assert F.cosine_similarity(gradient.float().flatten(), expected.float().flatten(), dim=0) > 0.99
 
 
-def _steps(dtype: torch.dtype, steps: int) -> list[float]:
+def _steps(dtype: torch.dtype, steps: int, name: str) -> list[float]:
     from sorahpc.distributed import megatron
     from sorahpc.distributed.ema import Ema
     from sorahpc.jobs.train import PackBatch, accumulate_gradients
@@ -40,7 +40,7 @@ def _steps(dtype: torch.dtype, steps: int) -> list[float]:
         assert mesh.device.type == "cuda"
         model = DiT(MODEL, mesh, channels=CHANNELS, text_dim=TEXT_DIM, dtype=dtype, seed=3)
         ddp = megatron.wrap_ddp(model, model.config)
-        optimizer = megatron.make_optimizer(ddp, TRAIN, mesh, dtype)
+        optimizer = megatron.make_optimizer(ddp, TRAIN.model_copy(update={"optimizer": name}), mesh, dtype)
         ema = Ema(model, optimizer, mesh, 0.9)
         batch: dict[str, Any] = _batch(0)
         target = torch.randn(batch["tokens"].shape, generator=torch.Generator().manual_seed(1))
@@ -57,8 +57,9 @@ def _steps(dtype: torch.dtype, steps: int) -> list[float]:
         megatron.stop()
 
 
-def test_bf16_training_follows_fp32() -> None:
-    fp32, bf16 = _steps(torch.float32, 40), _steps(torch.bfloat16, 40)
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_bf16_training_follows_fp32(optimizer: str) -> None:
+    fp32, bf16 = _steps(torch.float32, 40, optimizer), _steps(torch.bfloat16, 40, optimizer)
     assert all(math.isfinite(loss) for loss in fp32 + bf16)
     assert fp32[-1] < 0.9 * fp32[0]
     for a, b in zip(fp32, bf16, strict=True):

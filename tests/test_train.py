@@ -241,6 +241,18 @@ def test_another_model_under_the_same_name_is_refused_by_field_before_it_is_load
         train.run(other, Task(other.run_dir, "train"))
 
 
+@pytest.mark.parametrize(("first", "then"), [("muon", "adamw"), ("adamw", "muon")])
+def test_another_optimizer_under_the_same_name_is_refused(world: dict[str, Any], first: str, then: str) -> None:
+    from sorahpc.errors import CheckpointError
+    from sorahpc.jobs import train
+
+    config = _config(world, first, train__steps=1, train__warmup_steps=0, train__optimizer=first)
+    train.run(config, Task(config.run_dir, "train"))
+    other = _config(world, first, train__steps=2, train__warmup_steps=0, train__optimizer=then)
+    with pytest.raises(CheckpointError, match=rf"^train\.optimizer: .* trained with {first}, this run asks for {then}"):
+        train.run(other, Task(other.run_dir, "train"))
+
+
 def test_a_damaged_line_of_metrics_does_not_stop_a_resume(world: dict[str, Any]) -> None:
     from sorahpc.jobs import train
 

@@ -199,7 +199,7 @@ def column_linear(
         is_expert=False,
         tp_group=mesh.tp_group,
     )
-    layer.weight.fused = (parts, config.hidden_size // config.num_attention_heads if parts > 1 else 1)
+    layer.weight.muon_parts = (parts, config.hidden_size // config.num_attention_heads if parts > 1 else 1)
     return layer
 
 
@@ -216,7 +216,7 @@ def row_linear(config: Any, mesh: Mesh, in_dim: int, out_dim: int, *, zero: bool
         is_expert=False,
         tp_group=mesh.tp_group,
     )
-    layer.weight.fused = (1, 1)
+    layer.weight.muon_parts = (1, 1)
     return layer
 
 
@@ -273,8 +273,10 @@ def wrap_ddp(model: nn.Module, config: Any) -> Any:
 
 
 def make_optimizer(ddp: Any, train: TrainConfig, mesh: Mesh, dtype: torch.dtype) -> Any:
-    """AdamW, with Muon for the layers' matrices if asked for, with float32 master weights and states, split over dp
-    (also at dp = 1: one checkpoint format)."""
+    """AdamW, or Muon for the matrices of attention and MLP and AdamW for the rest.
+
+    Master weights and states are float32 and split over dp, also at dp = 1: one checkpoint format.
+    """
     core = _core().optimizer
     optimizer = core.get_megatron_optimizer(
         core.OptimizerConfig(
@@ -300,11 +302,9 @@ def make_optimizer(ddp: Any, train: TrainConfig, mesh: Mesh, dtype: torch.dtype)
     if train.optimizer == "muon":
         shards = {parameter: shard for parameter, *shard in main_shards(optimizer)}
         matrices = [
-            muon.Matrix(
-                tuple(parameter.shape), parameter.partition_dim, parameter.fused, *shards.get(parameter, (None, 0, 0))
-            )
-            for parameter in ddp.module.parameters()
-            if hasattr(parameter, "fused")
+            muon.Matrix(tuple(p.shape), p.partition_dim, p.muon_parts, *shards.get(p, (None, 0, 0)))
+            for p in ddp.module.parameters()
+            if hasattr(p, "muon_parts")
         ]
         # As its authors do: half precision where it is fast. The iteration corrects its own rounding.
         compute = torch.bfloat16 if mesh.device.type == "cuda" else torch.float32

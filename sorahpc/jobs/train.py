@@ -31,7 +31,7 @@ from sorahpc.distributed import checkpoint, megatron
 from sorahpc.distributed.checkpoint import Meta
 from sorahpc.distributed.ema import Ema
 from sorahpc.distributed.mesh import Mesh
-from sorahpc.errors import DataError, NumericsError, SetupError, Stopped
+from sorahpc.errors import CheckpointError, DataError, NumericsError, SetupError, Stopped
 from sorahpc.models.dit import DiT
 from sorahpc.runs import Task, atomic_write
 
@@ -73,6 +73,7 @@ def _train(config: Config, task: Task, cache: LatentCache, mesh: Mesh) -> None:
     if found is not None and meta is not None:
         checkpoint.check_model(meta, model_config, cache.channels, cache.text_dim, found)
         _check_cache(meta, cache, config.cache_dir, found)
+        _check_optimizer(meta, train, found)
 
     model = DiT(model_config, mesh, channels=cache.channels, text_dim=cache.text_dim, dtype=dtype, seed=train.seed)
     ddp = megatron.wrap_ddp(model, model.config)
@@ -303,6 +304,16 @@ def _check_cache(meta: Meta, cache: LatentCache, folder: Path, found: Path) -> N
                 f"{folder}: field `{name}` is {json.dumps(cache.info.get(name))}, but the checkpoint {found} was "
                 f"trained with {json.dumps(meta.cache.get(name))}; use the cache it came from, or another run name"
             )
+
+
+def _check_optimizer(meta: Meta, train: TrainConfig, found: Path) -> None:
+    """Muon leaves AdamW's second moment at zero: AdamW would go on from it with steps of many times its size."""
+    before = meta.config["train"].get("optimizer", "adamw")
+    if before != train.optimizer:
+        raise CheckpointError(
+            f"train.optimizer: the checkpoint {found} was trained with {before}, this run asks for {train.optimizer}; "
+            f"use the checkpoint's, or another run name"
+        )
 
 
 def _refuse(step: int, loss: float, norm: float, batch: GlobalBatch, cache: LatentCache) -> None:
