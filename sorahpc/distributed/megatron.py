@@ -308,6 +308,8 @@ def make_optimizer(ddp: Any, train: TrainConfig, mesh: Mesh, dtype: torch.dtype)
         ]
         # As its authors do: half precision where it is fast. The iteration corrects its own rounding.
         compute = torch.bfloat16 if mesh.device.type == "cuda" else torch.float32
+        # Muon takes the gradients of its slices away, which are no leaves; torch warns where AdamW looks for them.
+        warnings.filterwarnings("ignore", message=r"The \.grad attribute of a Tensor that is not a leaf")
         inner.optimizer.register_step_pre_hook(muon.Muon(matrices, mesh, compute))
     return optimizer
 
