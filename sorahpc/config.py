@@ -261,7 +261,7 @@ class TrainConfig(Section):
     lr: float = Field(1e-4, gt=0)
     warmup_steps: int = Field(100, ge=0, description="linear warm-up, then constant")
     decay_steps: int = Field(0, ge=0, description="linear decay to 0 over the last steps; 0: constant to the end")
-    betas: tuple[Beta, Beta] = Field((0.9, 0.99), description="of AdamW, each in [0, 1)")
+    betas: tuple[Beta, Beta] = Field((0.9, 0.99), description="of AdamW, each in [0, 1); Muon's momentum is 0.95")
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0)
     clip_grad: float = Field(1.0, gt=0, description="global gradient norm is clipped to this")

@@ -62,17 +62,14 @@ class _Run:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.media_left = MAX_MEDIA_BYTES
-        self.config = None
-        for job in ("sample", "train", "encode", "prepare"):
-            if (path / "jobs" / job / "config.yaml").is_file():
-                self.config = load_config(path / "jobs" / job / "config.yaml")
-                break
+        files = {job: path / "jobs" / job / "config.yaml" for job in ("sample", "train", "encode", "prepare")}
+        self.configs = {job: load_config(file) for job, file in files.items() if file.is_file()}
 
     @property
     def samples_dir(self) -> Path:
         # The run folder may have moved since; what lies inside it is found inside it.
-        out = self.config.sample.out if self.config and self.config.sample else None
-        return out or self.path / "samples"
+        config = next(iter(self.configs.values()), None)  # of the job that ran last
+        return (config.sample.out if config and config.sample else None) or self.path / "samples"
 
     def json(self, path: Path, missing: str) -> Any:
         try:
@@ -335,9 +332,9 @@ def _provenance(run: _Run) -> str:
         facts.append(("sampled on", s["device"]))
         facts += [(package, version) for package, version in s["versions"].items()]
         out.append(_table(facts))
-    if run.config is not None:
-        config = _text(dump_config(run.config))
-        out.append(f"<details><summary>Resolved configuration</summary><pre>{config}</pre></details>")
+    for job, config in run.configs.items():  # each job keeps what it ran with, and they may differ
+        text = _text(dump_config(config))
+        out.append(f"<details><summary>Resolved configuration of {job}</summary><pre>{text}</pre></details>")
     if not out:
         raise _Missing("No job of this run has been started.")
     return "\n".join(out)

@@ -223,6 +223,8 @@ class Task:
             done, total: items finished and in all, in `unit` (``"step"``, ``"clip"``, ``"video"``).
             metrics: what else a person wants to see in the status line (``loss=0.41``).
         """
+        if not self.writes:  # the ranks of a gang are equally far, and progress is summed over status files
+            return
         with self._lock:
             self._report(done, total, unit, metrics)
 

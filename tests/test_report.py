@@ -131,6 +131,17 @@ def test_a_whole_run_is_one_page_with_every_clip_inside_and_nothing_fetched(tmp_
     assert "default-src 'none'" in policy and "script" not in policy
 
 
+def test_each_job_is_shown_with_the_configuration_that_it_ran_with(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    job = folder / "jobs" / "train"
+    job.mkdir(parents=True)
+    train = {"steps": 200, "tokens_per_pack": 9, "optimizer": "muon"}
+    (job / "config.yaml").write_text(yaml.safe_dump({"run": folder.name, "train": train}))
+    sample, _, trained = read(write_report(folder)).text.partition("Resolved configuration of train")
+    assert "Resolved configuration of sample" in sample and "optimizer" not in sample
+    assert "optimizer: muon" in trained and "steps: 200" in trained
+
+
 def test_prompts_and_captions_are_text_and_never_markup(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     page = read(write_report(run))

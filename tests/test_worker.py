@@ -216,7 +216,8 @@ def test_ranks_above_zero_of_a_gang_hold_no_lease_and_tell_only_of_failure(tmp_p
     assert worker("train", config, cwd=tmp_path, **place).returncode == 0
     assert not (tmp_path / "runs/tiny/jobs/train/status/1.json").exists()
     assert worker("train", config, "train.steps=30", cwd=tmp_path, TINY_FAULT="data:1:25", **place).returncode == 4
-    assert status(tmp_path, task=1)["exit_code"] == 4
+    told = status(tmp_path, task=1)
+    assert told["exit_code"] == 4 and "done" not in told, "progress is rank 0's to tell: told twice, it would be summed"
     # Rank 0 is stopped because of it: its own 10 would have the job requeued.
     done = worker("train", config, cwd=tmp_path, TINY_FAULT="stop:0:3", RANK="0", WORLD_SIZE="2")
     assert done.returncode == 4

@@ -29,9 +29,10 @@ UPDATE_RMS = 0.2  # of AdamW's updates, roughly
 
 
 def orthogonalize(x: Tensor) -> Tensor:
-    """The nearest (semi-)orthogonal matrix to each of a batch, roughly: singular values between 0.7 and 1.2.
+    """The nearest (semi-)orthogonal matrix to each of a batch, roughly.
 
-    Five steps of the quintic Newton-Schulz iteration with the coefficients of Jordan et al.
+    Five steps of the quintic Newton-Schulz iteration with the coefficients of Jordan et al.: singular values end
+    between 0.6 and 1.25, but for those under a hundredth or so of the Frobenius norm, which grow 500-fold at most.
 
     Args:
         x: [B, m, n]. A matrix of zeros stays zero.
