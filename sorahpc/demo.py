@@ -21,10 +21,9 @@ from sorahpc.cluster.launch import describe_job, launch, wait_for_slurm
 from sorahpc.config import Config, load_config
 from sorahpc.data.toyworld import COLOURS, DIRECTIONS, SHAPES, SIZES, SPEEDS
 from sorahpc.log import Progress, duration
-from sorahpc.report import ASPECTS, shares, write_report
+from sorahpc.report import ASPECTS, JOBS, shares, write_report
 from sorahpc.runs import Task, atomic_write, read_json, write_json
 
-JOBS = ("prepare", "encode", "train", "sample", "evaluate")
 # height x width of the prompts: every other one square, as in the world
 PROMPT_SIZES = ((64, 64), (48, 80), (64, 64), (80, 48))
 

@@ -18,12 +18,13 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from sorahpc.config import dump_config, load_config
+from sorahpc.config import load_config
 from sorahpc.errors import ConfigError, DataError
 from sorahpc.runs import atomic_write
 
 MAX_CLIPS = 96  # in the page; a browser decodes them all at once
 MAX_MEDIA_BYTES = 48 << 20
+JOBS = ("prepare", "encode", "train", "sample", "evaluate")
 ASPECTS = ("visible", "colour", "shape", "direction")
 
 
@@ -62,13 +63,13 @@ class _Run:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.media_left = MAX_MEDIA_BYTES
-        files = {job: path / "jobs" / job / "config.yaml" for job in ("sample", "train", "encode", "prepare")}
-        self.configs = {job: load_config(file) for job, file in files.items() if file.is_file()}
+        files = {job: path / "jobs" / job / "config.yaml" for job in JOBS}
+        self.configs = {job: file for job, file in files.items() if file.is_file()}
 
     @property
     def samples_dir(self) -> Path:
         # The run folder may have moved since; what lies inside it is found inside it.
-        config = next(iter(self.configs.values()), None)  # of the job that ran last
+        config = load_config(self.configs["sample"]) if "sample" in self.configs else None
         return (config.sample.out if config and config.sample else None) or self.path / "samples"
 
     def json(self, path: Path, missing: str) -> Any:
@@ -332,8 +333,8 @@ def _provenance(run: _Run) -> str:
         facts.append(("sampled on", s["device"]))
         facts += [(package, version) for package, version in s["versions"].items()]
         out.append(_table(facts))
-    for job, config in run.configs.items():  # each job keeps what it ran with, and they may differ
-        text = _text(dump_config(config))
+    for job, file in run.configs.items():  # each job keeps what it ran with, and they may differ
+        text = _text(file.read_text(encoding="utf-8"))
         out.append(f"<details><summary>Resolved configuration of {job}</summary><pre>{text}</pre></details>")
     if not out:
         raise _Missing("No job of this run has been started.")

@@ -137,9 +137,13 @@ def test_each_job_is_shown_with_the_configuration_that_it_ran_with(tmp_path: Pat
     job.mkdir(parents=True)
     train = {"steps": 200, "tokens_per_pack": 9, "optimizer": "muon"}
     (job / "config.yaml").write_text(yaml.safe_dump({"run": folder.name, "train": train}))
-    sample, _, trained = read(write_report(folder)).text.partition("Resolved configuration of train")
-    assert "Resolved configuration of sample" in sample and "optimizer" not in sample
-    assert "optimizer: muon" in trained and "steps: 200" in trained
+    (folder / "jobs/encode").mkdir()
+    (folder / "jobs/encode/config.yaml").write_text("of: another version\n")
+    page = read(write_report(folder)).text
+    encoded, trained, sampled = page.split("Resolved configuration of ")[1:]
+    assert encoded.startswith("encode") and "of: another version" in encoded
+    assert trained.startswith("train") and "optimizer: muon" in trained and "steps: 200" in trained
+    assert sampled.startswith("sample") and "optimizer" not in sampled and "<b>.txt" in sampled
 
 
 def test_prompts_and_captions_are_text_and_never_markup(tmp_path: Path) -> None:
