@@ -99,6 +99,21 @@ def test_bfloat16_compute_is_near_float32_or_refused_in_one_line(cosmos: Path, t
         load_vae(cosmos, dtype="bfloat16").encode(clip)
 
 
+def test_what_the_class_lacks_is_the_dtype_only_where_float32_would_help(
+    cosmos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lacks(x: torch.Tensor) -> None:
+        raise NotImplementedError("no kernel for this\nand pages of which there are")
+
+    whole, half = load_vae(cosmos), load_vae(cosmos, dtype="bfloat16")
+    for vae in (whole, half):
+        monkeypatch.setattr(vae.module, "encode", lacks)
+    with pytest.raises(NotImplementedError):
+        whole.encode(noise_clip(5, 64, 64))
+    with pytest.raises(ConfigError, match=r"^vae.dtype: .*\(no kernel for this\); use float32$"):
+        half.encode(noise_clip(5, 64, 64))
+
+
 def test_weights_in_shards_load_by_their_index_and_give_the_same_latents(cosmos: Path, tmp_path: Path) -> None:
     state = load_file(cosmos / WEIGHTS)
     half = len(state) // 2

@@ -132,6 +132,10 @@ class Vae:
 
         Returns:
             float32 [C,T,H,W] on the CPU: the raw posterior mean.
+
+        Raises:
+            ValueError: not such a clip. ConfigError: the class takes no clip of this length or size, can't compute in
+            vae.dtype, or makes a latent of another shape than its config says.
         """
         if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3:
             raise ValueError(f"uint8 [T,H,W,3] expected, found {frames.dtype} {list(frames.shape)}")
@@ -146,8 +150,9 @@ class Vae:
                 # user's choice, and ours to explain. In float32 there is nothing to change: a bug, with its traceback.
                 if self.dtype is torch.float32:
                     raise
+                first = (str(error).strip().splitlines() or ["no kernel"])[0][:300]
                 raise ConfigError(
-                    f"vae.dtype: {self.id} can't compute in {self.dtype} on {self.device.type} ({error}); use float32"
+                    f"vae.dtype: {self.id} can't compute in {self.dtype} on {self.device.type} ({first}); use float32"
                 ) from None
         if tuple(z.shape) != expected:
             raise ConfigError(
@@ -157,7 +162,11 @@ class Vae:
         return z
 
     def decode(self, latent: torch.Tensor) -> np.ndarray:
-        """Raw latent [C,T,H,W], any float dtype and device -> frames uint8 [T,H,W,3]."""
+        """Raw latent [C,T,H,W], any float dtype and device -> frames uint8 [T,H,W,3].
+
+        Raises:
+            ValueError: not such a latent. ConfigError: the class decoded it to another length or size than its rule.
+        """
         if latent.ndim != 4 or latent.shape[0] != self.channels:
             raise ValueError(f"[C,T,H,W] with C = {self.channels} expected, found {list(latent.shape)}")
         (t, h, w), (frames, height, width) = self.stride, latent.shape[1:]
