@@ -49,6 +49,10 @@ def exchange_cases(rank: int, world_size: int) -> list[str]:
                 work.wait()
             assert torch.equal(out, gathered) and torch.equal(mine, total)
             assert torch.equal(sent, part) and torch.equal(reduced, whole), "an input was changed"
+        for bad in (whole[:-1], torch.cat([whole, whole]), whole.double()):
+            for call in (lambda x: gloo.all_gather(x, part, group), lambda x: gloo.reduce_scatter(part, x, group)):  # noqa: B023
+                with pytest.raises(ValueError, match=r"parts \[5, 7\] .* don't make up"):
+                    call(bad)
         passed.append(str(dtype))
     dist.destroy_process_group()
     return passed

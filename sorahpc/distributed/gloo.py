@@ -45,8 +45,22 @@ def _swap(outgoing: list[Tensor], incoming: list[Tensor], group: dist.ProcessGro
     return works
 
 
+def _check(whole: Tensor, part: Tensor, size: int) -> None:
+    if whole.shape != (size * part.shape[0], *part.shape[1:]) or whole.dtype != part.dtype:
+        raise ValueError(
+            f"gloo: {size} parts {list(part.shape)} {part.dtype} don't make up {list(whole.shape)} {whole.dtype}"
+        )
+
+
 def all_gather(output: Tensor, input_: Tensor, group: dist.ProcessGroup, async_op: bool = False) -> _Exchange | None:
-    """output [n * l, ...] = the inputs [l, ...] of the n ranks of the group, in their order."""
+    """output [n * l, ...] = the inputs [l, ...] of the n ranks of the group, in their order.
+
+    Any dtype, the same of all.
+
+    Raises:
+        ValueError: shapes or dtypes that don't fit; nothing was sent.
+    """
+    _check(whole=output, part=input_, size=group.size())
     input_ = input_.contiguous()
     parts = list(output.chunk(group.size()))
     parts[group.rank()].copy_(input_)
@@ -56,7 +70,14 @@ def all_gather(output: Tensor, input_: Tensor, group: dist.ProcessGroup, async_o
 def reduce_scatter(
     output: Tensor, input_: Tensor, group: dist.ProcessGroup, async_op: bool = False
 ) -> _Exchange | None:
-    """output [l, ...] = this rank's part of the sum of the inputs [n * l, ...] over the n ranks of the group."""
+    """output [l, ...] = this rank's part of the sum of the inputs [n * l, ...] over the n ranks of the group.
+
+    Any dtype, the same of all.
+
+    Raises:
+        ValueError: shapes or dtypes that don't fit; nothing was sent.
+    """
+    _check(whole=input_, part=output, size=group.size())
     mine = list(input_.contiguous().chunk(group.size()))
     parts = [torch.empty_like(output) for _ in mine]
     parts[group.rank()] = mine[group.rank()]

@@ -130,19 +130,20 @@ class Muon:
 
     @torch.no_grad()
     def __call__(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        """The hook: `args` and `kwargs` are those of `optimizer.step`, and unused."""
         groups = {p: group for group in optimizer.param_groups for p in group["params"]}
         directions: list[list[Tensor]] = [[] for _ in self.ranks]  # by owner
         for matrix, owner in zip(self.matrices, self.owners, strict=True):
             if matrix.main is not None:
                 directions[owner].append(_direction(matrix.main, optimizer))
-        updates = self._orthogonal(directions)
+        updates = [iter(group) for group in self._orthogonal(directions)]
         for matrix, owner in zip(self.matrices, self.owners, strict=True):
             if matrix.main is not None:
                 lr, decay = groups[matrix.main]["lr"], groups[matrix.main]["weight_decay"]
-                matrix.main.mul_(1 - lr * decay).add_(updates[owner].pop(0), alpha=-lr)
+                matrix.main.mul_(1 - lr * decay).add_(next(updates[owner]), alpha=-lr)
                 matrix.main.grad = None
 
-    def _orthogonal(self, directions: list[list[Tensor]]) -> list[list[Tensor]]:
+    def _orthogonal(self, directions: list[list[Tensor]]) -> list[tuple[Tensor, ...]]:
         """This rank's slices, by owner, -> the same slices of the updates of the whole matrices."""
         mine = [[self._size(i, r) for i in self.mine] for r in self.ranks]  # what I own, by who holds it
         to_owners, to_me = [sum(map(len, group)) for group in directions], [sum(sizes) for sizes in mine]
@@ -161,7 +162,7 @@ class Muon:
             for i, parts in zip(self.mine, flat, strict=True)
         ]
         returned = self._exchange(back, to_me, to_owners)
-        return [list(block.split([len(d) for d in group])) for block, group in zip(returned, directions, strict=True)]
+        return [block.split([len(d) for d in group]) for block, group in zip(returned, directions, strict=True)]
 
     def _size(self, i: int, rank: int) -> int:
         start, end = self.ranges[i][rank]
