@@ -17,7 +17,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
 PYTHON ?= $(shell for p in python3 python3.11 python3.12; do $$p -c "$(SUPPORTED)" 2>/dev/null && echo $$p && break; done)
-KERNELS := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/*)
+KERNELS := $(wildcard csrc/*.* csrc/*/*.*)
 LIBRARY := sorahpc/_ops.abi3.so
 # One thread a process: tests start several, and idle OpenMP threads cost more than they bring on a small machine.
 PYTEST := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import platform
 import shutil
 import subprocess
 import sys
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -25,6 +27,15 @@ ROOT = Path(__file__).resolve().parent
 # The oldest torch whose stable ABI the kernels use; they load in every later one.
 TORCH_TARGET = "0x020b000000000000"  # 2.11
 CXX_FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"]
+# The CPU kernels are compiled once for each level, and the best that a machine has is taken when the ops are loaded:
+# one build runs anywhere, without -march=native. Uninitialized: GCC 12 says so of its own intrinsics.
+KERNEL_FLAGS = [*CXX_FLAGS, "-fPIC", "-fno-math-errno", "-Wno-psabi", "-Wno-maybe-uninitialized"]
+LEVELS = {
+    "v4bf16": ["-march=x86-64-v4", "-mavx512bf16", "-mprefer-vector-width=512"],
+    "v4": ["-march=x86-64-v4", "-mprefer-vector-width=512"],
+    "v3": ["-march=x86-64-v3"],
+    "base": [],
+}
 SHIPPED = ("configs", "slurm")
 
 
@@ -100,6 +111,10 @@ class BuildExt(build_ext):
         ops.libraries = ["torch_cpu"]  # already loaded when the ops are: found by its name, without a path of ours
         ops.define_macros = [("TORCH_TARGET_VERSION", TORCH_TARGET)]
         ops.extra_compile_args = CXX_FLAGS
+        here = LEVELS if platform.machine() in ("x86_64", "AMD64") else {"base": []}
+        with ThreadPoolExecutor(2) as pool:  # not more: a compiler takes up to a gigabyte
+            objects = pool.map(lambda level: self.compile_kernels(compiler, level, here[level]), here)
+            ops.extra_objects += objects
         archs: list[str] = []
         if cuda:
             archs = nvcc_archs()
@@ -133,6 +148,15 @@ class BuildExt(build_ext):
             self.extensions = [ops]
         super().build_extensions()
         print(f"sorahpc: kernels built for CPU{' and CUDA: ' + ' '.join(archs) if cuda else ''}", flush=True)
+
+    def compile_kernels(self, compiler: str, level: str, flags: list[str]) -> str:
+        target = Path(self.build_temp) / f"kernels_{level}.o"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        command = [compiler, *KERNEL_FLAGS, *flags, f"-DSORAHPC_LEVEL={level}", "-c", "csrc/cpu/kernels.cpp"]
+        print(" ".join(command), flush=True)
+        if subprocess.run([*command, "-o", str(target)]).returncode != 0:
+            fail(f"csrc/cpu/kernels.cpp: {compiler} failed; SORAHPC_NATIVE=0 installs without kernels, slower")
+        return str(target)
 
     def compile_cuda(self, nvcc: Path, archs: list[str], source: Path) -> str:
         target = Path(self.build_temp) / source.with_suffix(".cu.o")
@@ -182,15 +206,16 @@ class BuildPy(build_py):
 
 
 os.chdir(ROOT)
-headers = [str(p) for p in sorted(Path("csrc").rglob("*.h"))]
-cuda_sources = [str(p) for p in sorted(Path("csrc/cuda").glob("*.cu"))]
-cpu_sources = ["csrc/ops.cpp", *(str(p) for p in sorted(Path("csrc/cpu").glob("*.cpp")))]
+op_sources = [str(p) for p in sorted(Path("csrc/ops").glob("*.cpp"))]
+others = [
+    str(p) for p in sorted(Path("csrc").rglob("*.*")) if p.suffix in (".h", ".cu", ".cuh") or p.parent.name == "cpu"
+]
 native = switch("SORAHPC_NATIVE", "1", ("0", "1")) == "1"
 if not native:
     print("sorahpc: SORAHPC_NATIVE=0: installing without kernels, the Python references serve", flush=True)
 setup(
     ext_modules=[
-        Extension("sorahpc._ops", cpu_sources, depends=headers + cuda_sources, py_limited_api=True),
+        Extension("sorahpc._ops", op_sources, depends=others, py_limited_api=True),
         Extension("sorahpc._C", ["csrc/module.cpp"], optional=False),
     ]
     if native

@@ -5,13 +5,7 @@
 // elements, so sample i begins at element first_token[i] * P on either side: one table serves both directions.
 #pragma once
 
-#include <cstdint>
-
-#ifdef __CUDACC__
-#define SORAHPC_HD __host__ __device__ __forceinline__
-#else
-#define SORAHPC_HD inline
-#endif
+#include "pack.h"
 
 namespace sorahpc {
 
@@ -63,30 +57,10 @@ struct Patchify {
   }
 };
 
-// The sample that holds `token`: the last i with first_token[i] <= token. first_token is ascending, [num_samples].
-SORAHPC_HD int find_sample(const int64_t* first_token, int num_samples, int64_t token) {
-  int low = 0, high = num_samples;
-  while (high - low > 1) {
-    const int mid = (low + high) / 2;
-    if (first_token[mid] <= token)
-      low = mid;
-    else
-      high = mid;
-  }
-  return low;
-}
-
 }  // namespace sorahpc
 
-extern "C" {
-
-// CPU: moves the tokens of row (t, h) = (row / H, row % H) of one sample, all channels. `latent` and `tokens` point at
-// the sample's first element. item_bytes: 2, 4 or 8; the elements are bytes to us. to_tokens: patchify, else unpatchify.
-void sorahpc_patchify_row_cpu(const sorahpc::Patchify* op, int item_bytes, bool to_tokens, int64_t T, int64_t H,
-                              int64_t W, int64_t row, char* latent, char* tokens);
-
-// CUDA: the whole pack on `stream`; grids [num_samples, 3] lies in host memory and is read before the call returns.
-// Returns a cudaError_t.
-int sorahpc_patchify_cuda(const sorahpc::Patchify* op, int item_bytes, bool to_tokens, const int64_t* grids,
-                          int64_t num_samples, char* latents, char* tokens, void* stream);
-}
+// CUDA: the whole pack on `stream`; samples lie in host memory and are read before the call returns, or on the device
+// (see cuda/pack.cuh). Returns a cudaError_t.
+extern "C" int sorahpc_patchify_cuda(const sorahpc::Patchify* op, int item_bytes, bool to_tokens,
+                                     const sorahpc::Sample* samples, int64_t num_samples,
+                                     const sorahpc::Sample* on_device, char* latents, char* tokens, void* stream);

@@ -341,25 +341,11 @@ def test_the_index_math_of_the_cuda_kernel_agrees_with_the_cpu_kernel(channels_l
     if compiler is None:
         pytest.skip("no C++ compiler (Debian: apt install g++)")
     program = tmp_path / "maps"
-    sources = [ROOT / "tests/csrc/patchify_maps.cpp", ROOT / "csrc/cpu/patchify.cpp"]
-    subprocess.run([compiler, "-std=c++17", "-O1", f"-I{ROOT / 'csrc'}", *sources, "-o", program], check=True)
+    source = ROOT / "tests/csrc/patchify_maps.cpp"
+    subprocess.run(
+        [compiler, "-std=c++17", "-O1", "-Wno-psabi", f"-I{ROOT / 'csrc'}", source, "-o", program], check=True
+    )
     for patch in PATCHES:
         for pack in PACKS.values():
             numbers = [3, *patch, int(channels_last), *itertools.chain(*pack)]
             subprocess.run([program, *map(str, numbers)], check=True)
-
-
-def nvcc() -> str | None:
-    found = shutil.which("nvcc")
-    return found or next((p for p in ("/usr/local/cuda/bin/nvcc",) if Path(p).is_file()), None)
-
-
-@pytest.mark.skipif(
-    nvcc() is None, reason="no nvcc (CUDA toolkit, or pip install nvidia-cuda-nvcc nvidia-cuda-runtime)"
-)
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
-@pytest.mark.parametrize("source", sorted((ROOT / "csrc/cuda").glob("*.cu")), ids=lambda p: p.stem)
-def test_every_cuda_kernel_compiles_without_spilling_registers(source: Path, arch: str, tmp_path: Path) -> None:
-    command = [nvcc(), "-std=c++17", "-O3", "-cubin", f"-arch={arch}", "-Xptxas=--warn-on-spills,--warning-as-error"]
-    done = subprocess.run([*command, source, "-o", tmp_path / "kernel.cubin"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr

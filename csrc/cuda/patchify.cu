@@ -1,60 +1,53 @@
 // patchify on CUDA: one thread a run of bytes that is contiguous on both sides, walked in the order of the destination,
-// so that writes coalesce and the scattered reads are served by the cache. The table of samples travels as a kernel
-// argument: no copy to the device, no synchronisation, and a captured graph stays valid.
+// so that writes coalesce and the scattered reads are served by the cache.
 #include "../patchify.h"
 
-#include <cuda_runtime.h>
+#include "pack.cuh"
 
 namespace {
 
-constexpr int MAX_SAMPLES = 240;  // a launch; the table then fits the 4 kB of arguments that every driver takes
-constexpr int THREADS = 256;
+using sorahpc::Pack;
+using sorahpc::Patchify;
+using sorahpc::Sample;
 
-struct Table {
-  sorahpc::Patchify op;
-  int num_samples;
-  int64_t first_token[MAX_SAMPLES + 1];
-  int32_t H[MAX_SAMPLES], W[MAX_SAMPLES];
-};
-static_assert(sizeof(Table) + 64 <= 4096, "kernel arguments");
+constexpr int THREADS = 256;
 
 // An element is one Word here: the widest that divides a run of pw pixels, and op.pw counts words.
 template <typename Word, bool TO_TOKENS>
 __global__ void __launch_bounds__(THREADS)
-    patchify(const __grid_constant__ Table table, const Word* __restrict__ src, Word* __restrict__ dst, int64_t begin,
-             int64_t end) {
-  const int64_t P = table.op.token_size();
+    patchify(const __grid_constant__ Patchify op, const __grid_constant__ Pack pack, const Word* __restrict__ src,
+             Word* __restrict__ dst) {
+  const Sample* samples = pack.samples();
+  const int64_t P = op.token_size(), end = samples[pack.num_samples].first_token * P;
   const int64_t step = int64_t(gridDim.x) * blockDim.x;
-  for (int64_t i = begin + int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < end; i += step) {
-    const int s = sorahpc::find_sample(table.first_token, table.num_samples, i / P);
-    const int64_t base = table.first_token[s] * P;
-    const int64_t H = table.H[s], W = table.W[s];
-    const int64_t T = (table.first_token[s + 1] - table.first_token[s]) / (H * W);
-    const int64_t from = TO_TOKENS ? table.op.token_to_latent(T, H, W, i - base)
-                                   : table.op.latent_to_token(T, H, W, i - base);
+  for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < end; i += step) {
+    const Sample s = samples[sorahpc::find_sample(samples, pack.num_samples, i / P)];
+    const int64_t base = s.first_token * P;
+    const int64_t from =
+        TO_TOKENS ? op.token_to_latent(s.T, s.H, s.W, i - base) : op.latent_to_token(s.T, s.H, s.W, i - base);
     dst[i] = src[base + from];
   }
 }
 
 template <typename Word>
-cudaError_t launch(const Table& table, bool to_tokens, const void* src, void* dst, cudaStream_t stream) {
-  const int64_t P = table.op.token_size();
-  const int64_t begin = table.first_token[0] * P, end = table.first_token[table.num_samples] * P;
-  const int64_t blocks = (end - begin + THREADS - 1) / THREADS;
+cudaError_t launch(const Patchify& op, const Pack& pack, int64_t num_tokens, bool to_tokens, const void* src, void* dst,
+                   cudaStream_t stream) {
+  const int64_t blocks = (num_tokens * op.token_size() + THREADS - 1) / THREADS;
   const unsigned grid = unsigned(blocks < (int64_t(1) << 30) ? blocks : int64_t(1) << 30);
   const Word* from = static_cast<const Word*>(src);
   Word* to = static_cast<Word*>(dst);
   if (to_tokens)
-    patchify<Word, true><<<grid, THREADS, 0, stream>>>(table, from, to, begin, end);
+    patchify<Word, true><<<grid, THREADS, 0, stream>>>(op, pack, from, to);
   else
-    patchify<Word, false><<<grid, THREADS, 0, stream>>>(table, from, to, begin, end);
+    patchify<Word, false><<<grid, THREADS, 0, stream>>>(op, pack, from, to);
   return cudaGetLastError();
 }
 
 }  // namespace
 
-extern "C" int sorahpc_patchify_cuda(const sorahpc::Patchify* op, int item_bytes, bool to_tokens, const int64_t* grids,
-                                     int64_t num_samples, char* latents, char* tokens, void* stream) {
+extern "C" int sorahpc_patchify_cuda(const Patchify* op, int item_bytes, bool to_tokens, const Sample* samples,
+                                     int64_t num_samples, const Sample* on_device, char* latents, char* tokens,
+                                     void* stream) {
   // The widest word that divides a run. Samples begin at multiples of P elements, rows at multiples of pw: the bases
   // of both tensors decide the rest.
   int word = item_bytes;
@@ -62,31 +55,18 @@ extern "C" int sorahpc_patchify_cuda(const sorahpc::Patchify* op, int item_bytes
   const uintptr_t bases = reinterpret_cast<uintptr_t>(latents) | reinterpret_cast<uintptr_t>(tokens);
   while (word < 16 && run % (2 * word) == 0 && bases % (2 * word) == 0) word *= 2;
 
-  Table table;
-  table.op = *op;
-  table.op.pw = op->pw * item_bytes / word;
+  Patchify in_words = *op;
+  in_words.pw = op->pw * item_bytes / word;
+  const Pack pack(samples, num_samples, on_device);
+  const int64_t num_tokens = samples[num_samples].first_token;
   const char* src = to_tokens ? latents : tokens;
   char* dst = to_tokens ? tokens : latents;
-  int64_t token = 0;
-  for (int64_t sample = 0; sample < num_samples; sample += table.num_samples) {
-    table.num_samples = int(num_samples - sample < MAX_SAMPLES ? num_samples - sample : MAX_SAMPLES);
-    for (int i = 0; i < table.num_samples; ++i) {
-      const int64_t* grid = grids + 3 * (sample + i);
-      table.first_token[i] = token;
-      table.H[i] = int32_t(grid[1]);
-      table.W[i] = int32_t(grid[2]);
-      token += grid[0] * grid[1] * grid[2];
-    }
-    table.first_token[table.num_samples] = token;
-    cudaError_t error = cudaSuccess;
-    switch (word) {
-      case 2: error = launch<uint16_t>(table, to_tokens, src, dst, static_cast<cudaStream_t>(stream)); break;
-      case 4: error = launch<uint32_t>(table, to_tokens, src, dst, static_cast<cudaStream_t>(stream)); break;
-      case 8: error = launch<uint2>(table, to_tokens, src, dst, static_cast<cudaStream_t>(stream)); break;
-      case 16: error = launch<uint4>(table, to_tokens, src, dst, static_cast<cudaStream_t>(stream)); break;
-      default: return int(cudaErrorInvalidValue);
-    }
-    if (error != cudaSuccess) return int(error);
+  const auto on = static_cast<cudaStream_t>(stream);
+  switch (word) {
+    case 2: return int(launch<uint16_t>(in_words, pack, num_tokens, to_tokens, src, dst, on));
+    case 4: return int(launch<uint32_t>(in_words, pack, num_tokens, to_tokens, src, dst, on));
+    case 8: return int(launch<uint2>(in_words, pack, num_tokens, to_tokens, src, dst, on));
+    case 16: return int(launch<uint4>(in_words, pack, num_tokens, to_tokens, src, dst, on));
+    default: return int(cudaErrorInvalidValue);
   }
-  return int(cudaSuccess);
 }

@@ -3,8 +3,9 @@
 from sorahpc.ops._library import backend, use_reference
 from sorahpc.ops.embed import sincos3d, timestep_embedding
 from sorahpc.ops.modulate import gated_residual, modulate
+from sorahpc.ops.pack import positions3d
 from sorahpc.ops.patchify import patchify, unpatchify
-from sorahpc.ops.rope import positions3d, rope3d
+from sorahpc.ops.rope import qk_norm_rope3d, rope3d
 
 __all__ = [
     "backend",
@@ -12,6 +13,7 @@ __all__ = [
     "modulate",
     "patchify",
     "positions3d",
+    "qk_norm_rope3d",
     "rope3d",
     "sincos3d",
     "timestep_embedding",

@@ -52,17 +52,18 @@ def define(
     *,
     reference: Callable[..., Any],
     fake: Callable[..., Any],
-    setup_context: Callable[..., None],
-    backward: Callable[..., Any],
+    setup_context: Callable[..., None] | None = None,
+    backward: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
     """Define ``torch.ops.sorahpc.<name>`` and return what calls it, or its reference inside `use_reference`.
 
     Args:
-        schema: ``name(Tensor x, ...) -> Tensor``, the same text as in csrc/ops.cpp where the op has compiled bodies.
+        schema: ``name(Tensor x, ...) -> Tensor``, the same text as in csrc/ops/ where the op has compiled bodies.
         reference: the default body, out of plain torch ops that autograd can follow. It returns new memory, never a
             view of an argument.
         fake: shape and dtype of the result, without data.
-        setup_context, backward: the gradient, as of ``torch.library.register_autograd``.
+        setup_context, backward: the gradient, as of ``torch.library.register_autograd``; none for an op that is itself
+            the gradient of another.
 
     Raises:
         SetupError: the compiled op was built for another schema; calling it would read garbage.
@@ -73,7 +74,8 @@ def define(
     _definitions.define(schema)
     _definitions.impl(name, reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"sorahpc::{name}", fake, lib=_definitions)
-    torch.library.register_autograd(f"sorahpc::{name}", backward, setup_context=setup_context, lib=_definitions)
+    if backward is not None:
+        torch.library.register_autograd(f"sorahpc::{name}", backward, setup_context=setup_context, lib=_definitions)
     op = _ops[name] = getattr(torch.ops.sorahpc, name).default
 
     def call(*args: Any) -> Any:

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from sorahpc.ops.rope import positions3d
+from sorahpc.ops.pack import positions3d
 
 
 def sincos3d(grids: Tensor, dim: int, theta: float = 1e4) -> Tensor:

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from sorahpc.ops._library import define
-
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+from sorahpc.ops.pack import DTYPES
 
 
 def patchify(

@@ -1,69 +1,318 @@
-"""3D rotary position embedding of a ragged pack (Su et al. 2021, RoFormer, eq. 34; one axis group a dimension)."""
+"""3D rotary position embedding of a ragged pack (Su et al. 2021, RoFormer, eq. 34; one group of pairs an axis).
+
+Pair i of an axis with d dims turns by (index * scale + offset) * theta^(-2i/d). Interleaved pairs are (2i, 2i+1), as
+in RoFormer, Wan and FLUX; rotate-half pairs are (i, i + D/2) over the whole head, as in GPT-NeoX and in transformers'
+Llama. Angles are computed in float64, the rest in float32 (float64 for float64).
+"""
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from sorahpc.ops._library import define
+from sorahpc.ops.pack import DTYPES, check_grids, positions3d
 
-def positions3d(grids: Tensor) -> Tensor:
-    """(T, H, W) index of every token of a pack.
+MAX_HEAD_DIM = 256
+
+
+def rope3d(
+    q: Tensor,
+    k: Tensor,
+    grids: Tensor,
+    axes_dim: Sequence[int],
+    theta: float | Sequence[float] = 1e4,
+    *,
+    offset: Sequence[float] = (0.0, 0.0, 0.0),
+    scale: Sequence[float] = (1.0, 1.0, 1.0),
+    first: int | None = None,
+    interleaved: bool = True,
+    inverse: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Turn q and k by their tokens' positions.
 
     Args:
-        grids: int64 [S, 3] on the CPU, patch counts (T, H, W) a sample; tokens of a sample are in row-major order.
-
-    Returns:
-        int64 [L, 3] with L = sum of T*H*W.
-    """
-    parts = [torch.cartesian_prod(*(torch.arange(n) for n in grid)).view(-1, 3) for grid in grids.tolist()]
-    return torch.cat(parts) if parts else torch.zeros(0, 3, dtype=torch.int64)
-
-
-def rope3d(q: Tensor, k: Tensor, grids: Tensor, axes_dim: Sequence[int], theta: float = 1e4) -> tuple[Tensor, Tensor]:
-    """Rotate q and k by the tokens' positions; pairs are interleaved (2i, 2i+1), angles and math in float32.
-
-    Pair i of an axis with d dims turns by position * theta^(-2i/d).
-
-    Args:
-        q, k: [L, N, D] and [L, Nk, D], any float dtype.
-        grids: int64 CPU [S, 3], patch counts a sample; their products sum to L.
+        q, k: [L, N, D] and [L, Nk, D], D at most 256; float16, bfloat16, float32, or float64 on the CPU; one dtype and
+            device. Tokens and heads may lie anywhere, as in a fused qkv; only D need be contiguous.
+        grids: int64 CPU [S, 3], patch counts (T, H, W) a sample; the tokens of a sample in row-major order.
         axes_dim: three even numbers summing to D: the dims that follow (T, H, W).
+        theta: base of the frequencies, or one an axis (NTK-aware scaling: bloc97 2023).
+        offset, scale: position of index i of an axis is i * scale + offset (position interpolation: Chen et al. 2023).
+        first: q and k are tokens [first, first + L) of the pack, as of a context-parallel rank; None: all of it.
+        interleaved: the layout of a pair in a head.
+        inverse: turn back. It is also the gradient.
 
     Returns:
-        q and k rotated, in their dtypes.
+        q and k turned, contiguous, in their dtype.
 
     Raises:
-        ValueError: axes that don't sum to D, or grids that don't sum to L.
+        ValueError: a dtype, device, shape, split or sum of grids that does not fit. Under ``torch.compile`` the values
+            of `grids` are checked when the graph runs, as RuntimeError.
     """
-    if sum(axes_dim) != q.shape[-1] or any(a % 2 or a < 0 for a in axes_dim):
-        raise ValueError(f"rope3d: axes_dim {tuple(axes_dim)} must be even and sum to the head dim {q.shape[-1]}")
-    total = int(grids.prod(-1).sum())
-    if q.shape[0] != total or k.shape[0] != total:
-        raise ValueError(f"rope3d: grids have {total} tokens, q has {q.shape[0]} and k has {k.shape[0]}")
-    cos, sin = _tables(tuple(map(tuple, grids.tolist())), tuple(axes_dim), float(theta), q.device)
-    return _rotate(q, cos, sin), _rotate(k, cos, sin)
+    how = _check("rope3d", q, k, grids, axes_dim, theta, offset, scale, first, interleaved)
+    out: tuple[Tensor, Tensor] = _rope3d(q, k, *how, inverse)
+    return out
+
+
+def qk_norm_rope3d(
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    grids: Tensor,
+    axes_dim: Sequence[int],
+    theta: float | Sequence[float] = 1e4,
+    *,
+    offset: Sequence[float] = (0.0, 0.0, 0.0),
+    scale: Sequence[float] = (1.0, 1.0, 1.0),
+    first: int | None = None,
+    interleaved: bool = True,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    """RMS norm of every head of q and k (Zhang and Sennrich 2019; on q and k: Dehghani et al. 2023), then `rope3d`.
+
+    Nothing is kept for the gradient but what came in. Arguments and errors are those of `rope3d`, and
+
+    Args:
+        q_weight, k_weight: [D], any of the dtypes.
+        eps: added to the mean square.
+    """
+    how = _check("qk_norm_rope3d", q, k, grids, axes_dim, theta, offset, scale, first, interleaved)
+    for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
+        if weight.shape != q.shape[-1:] or weight.dtype not in DTYPES or weight.device != q.device:
+            raise ValueError(
+                f"qk_norm_rope3d: {name} is {weight.dtype} {list(weight.shape)} on {weight.device}, expected "
+                f"[{q.shape[-1]}] on {q.device}, one of {', '.join(map(str, DTYPES))}"
+            )
+    out: tuple[Tensor, Tensor] = _qk_norm_rope3d(q, k, q_weight, k_weight, *how, eps)
+    return out
+
+
+def _check(
+    op: str,
+    q: Tensor,
+    k: Tensor,
+    grids: Tensor,
+    axes_dim: Sequence[int],
+    theta: float | Sequence[float],
+    offset: Sequence[float],
+    scale: Sequence[float],
+    first: int | None,
+    interleaved: bool,
+) -> tuple[Any, ...]:
+    """The arguments from `grids` on as the ops take them."""
+    if q.dtype not in DTYPES or q.dtype != k.dtype or q.device != k.device:
+        raise ValueError(
+            f"{op}: q is {q.dtype} on {q.device}, k is {k.dtype} on {k.device}; expected the same, one of "
+            f"{', '.join(map(str, DTYPES))}"
+        )
+    if q.dtype is torch.float64 and q.device.type != "cpu":
+        raise ValueError(f"{op}: q is float64 on {q.device}, which is for the CPU alone")
+    if q.dim() != 3 or k.dim() != 3 or q.shape[0] != k.shape[0] or q.shape[2] != k.shape[2]:
+        raise ValueError(f"{op}: q is {list(q.shape)}, k is {list(k.shape)}, expected [L, N, D] with one L and D")
+    length, dim = q.shape[0], q.shape[2]
+    if dim > MAX_HEAD_DIM:
+        raise ValueError(f"{op}: head dim {dim}, expected at most {MAX_HEAD_DIM}")
+    axes = [int(a) for a in axes_dim]
+    if len(axes) != 3 or sum(axes) != dim or any(a % 2 or a < 0 for a in axes):
+        raise ValueError(f"{op}: axes_dim {tuple(axes_dim)}, expected three even numbers summing to the head dim {dim}")
+    thetas = [float(theta)] * 3 if isinstance(theta, (int, float)) else [float(x) for x in theta]
+    numbers = {"theta": thetas, "offset": [float(x) for x in offset], "scale": [float(x) for x in scale]}
+    for name, values in numbers.items():
+        if len(values) != 3 or not all(map(math.isfinite, values)) or (name == "theta" and min(values) <= 0):
+            kind = "positive" if name == "theta" else "finite"
+            raise ValueError(f"{op}: {name} {tuple(values)}, expected three {kind} numbers")
+    if first is not None and first < 0:
+        raise ValueError(f"{op}: first {first}, expected at least 0")
+    check_grids(op, grids, length, first)
+    return grids, axes, *numbers.values(), first or 0, interleaved
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The reference
 
 
 # The blocks of a forward pass, and its recomputation, ask for the same tables; two packs cover CFG's pair.
 @functools.lru_cache(maxsize=4)
 def _tables(
-    grids: tuple[tuple[int, ...], ...], axes_dim: tuple[int, ...], theta: float, device: torch.device
+    grids: tuple[tuple[int, ...], ...],
+    axes_dim: tuple[int, ...],
+    theta: tuple[float, ...],
+    offset: tuple[float, ...],
+    scale: tuple[float, ...],
+    first: int,
+    length: int,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin [L, 1, D/2] float32."""
-    positions = positions3d(torch.tensor(grids, dtype=torch.int64).view(-1, 3)).to(torch.float64)
+    """cos and sin [L, 1, D/2]."""
+    positions = positions3d(torch.tensor(grids, dtype=torch.int64).view(-1, 3))
+    if len(positions) < first + length:  # as in the compiled body: what is called without our checks is told
+        raise ValueError(f"grids: {len(positions)} tokens, expected at least {first + length}")
+    at = positions[first : first + length].double() * torch.tensor(scale).double() + torch.tensor(offset).double()
     angles = torch.cat(
         [
-            positions[:, axis, None] * theta ** -(torch.arange(0, dim, 2, dtype=torch.float64) / max(dim, 1))
+            at[:, axis, None] * theta[axis] ** -(torch.arange(0, dim, 2, dtype=torch.float64) / max(dim, 1))
             for axis, dim in enumerate(axes_dim)
         ],
         dim=1,
     )
-    return angles.cos().float()[:, None].to(device), angles.sin().float()[:, None].to(device)
+    return angles.cos().to(device, dtype)[:, None], angles.sin().to(device, dtype)[:, None]
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2).to(x.dtype)
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """x [L, N, D] in the tables' dtype."""
+    if interleaved:
+        a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+        return torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+def _tables_for(
+    q: Tensor,
+    grids: Tensor,
+    axes_dim: list[int],
+    theta: list[float],
+    offset: list[float],
+    scale: list[float],
+    first: int,
+) -> tuple[Tensor, Tensor]:
+    dtype = torch.float64 if q.dtype is torch.float64 else torch.float32
+    rows = tuple(map(tuple, grids.tolist()))
+    return _tables(rows, tuple(axes_dim), tuple(theta), tuple(offset), tuple(scale), first, len(q), dtype, q.device)
+
+
+def _rope3d_reference(
+    q: Tensor,
+    k: Tensor,
+    grids: Tensor,
+    axes_dim: list[int],
+    theta: list[float],
+    offset: list[float],
+    scale: list[float],
+    first: int,
+    interleaved: bool,
+    inverse: bool,
+) -> tuple[Tensor, Tensor]:
+    cos, sin = _tables_for(q, grids, axes_dim, theta, offset, scale, first)
+    sin = -sin if inverse else sin
+    turned = (_turn(x.to(cos.dtype), cos, sin, interleaved).to(x.dtype) for x in (q, k))
+    return tuple(x.contiguous() for x in turned)  # type: ignore[return-value]
+
+
+def _qk_norm_rope3d_reference(
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    grids: Tensor,
+    axes_dim: list[int],
+    theta: list[float],
+    offset: list[float],
+    scale: list[float],
+    first: int,
+    interleaved: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    cos, sin = _tables_for(q, grids, axes_dim, theta, offset, scale, first)
+    out = []
+    for x, weight in ((q, q_weight), (k, k_weight)):
+        y = x.to(cos.dtype)
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps) * weight.to(cos.dtype)
+        out.append(_turn(y, cos, sin, interleaved).to(x.dtype).contiguous())
+    return out[0], out[1]
+
+
+def _qk_norm_rope3d_backward_reference(
+    dq: Tensor,
+    dk: Tensor,
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    grids: Tensor,
+    axes_dim: list[int],
+    theta: list[float],
+    offset: list[float],
+    scale: list[float],
+    first: int,
+    interleaved: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    cos, sin = _tables_for(q, grids, axes_dim, theta, offset, scale, first)
+    dx, dweight = [], []
+    for x, dy, weight in ((q, dq, q_weight), (k, dk, k_weight)):
+        g, y = _turn(dy.to(cos.dtype), cos, -sin, interleaved), x.to(cos.dtype)
+        r = torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
+        gw, normed = g * weight.to(cos.dtype), y * r
+        dx.append((r * (gw - normed * (gw * normed).mean(-1, keepdim=True))).to(x.dtype).contiguous())
+        dweight.append((g * normed).sum((0, 1)).to(weight.dtype))
+    return dx[0], dx[1], dweight[0], dweight[1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The ops
+
+
+def _like_q_and_k(q: Tensor, k: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape)
+
+
+def _rope3d_save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    _, _, grids, *ctx.how, ctx.inverse = inputs
+    ctx.save_for_backward(grids)
+
+
+def _rope3d_backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
+    return *_rope3d(dq, dk, *ctx.saved_tensors, *ctx.how, not ctx.inverse), *[None] * 8
+
+
+def _norm_save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.how = inputs[5:]
+    ctx.save_for_backward(*inputs[:5])
+
+
+def _norm_backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
+    return *_qk_norm_rope3d_backward(dq, dk, *ctx.saved_tensors, *ctx.how), *[None] * 8
+
+
+def _norm_backward_fake(
+    dq: Tensor, dk: Tensor, q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (
+        q.new_empty(q.shape),
+        k.new_empty(k.shape),
+        q_weight.new_empty(q_weight.shape),
+        k_weight.new_empty(k_weight.shape),
+    )
+
+
+_HOW = "Tensor grids, int[] axes_dim, float[] theta, float[] offset, float[] scale, int first, bool interleaved"
+_WEIGHTS = "Tensor q_weight, Tensor k_weight"
+
+_rope3d = define(
+    f"rope3d(Tensor q, Tensor k, {_HOW}, bool inverse) -> (Tensor, Tensor)",
+    reference=_rope3d_reference,
+    fake=_like_q_and_k,
+    setup_context=_rope3d_save,
+    backward=_rope3d_backward,
+)
+_qk_norm_rope3d_backward = define(
+    f"qk_norm_rope3d_backward(Tensor dq, Tensor dk, Tensor q, Tensor k, {_WEIGHTS}, {_HOW}, float eps)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    reference=_qk_norm_rope3d_backward_reference,
+    fake=_norm_backward_fake,
+)
+_qk_norm_rope3d = define(
+    f"qk_norm_rope3d(Tensor q, Tensor k, {_WEIGHTS}, {_HOW}, float eps) -> (Tensor, Tensor)",
+    reference=_qk_norm_rope3d_reference,
+    fake=_like_q_and_k,
+    setup_context=_norm_save,
+    backward=_norm_backward,
+)

@@ -1,8 +1,9 @@
 // patchify on CPU: a row of tokens at a time, so that its W*P elements stay in cache while the C*pt*ph pixel rows that
 // feed them are read from start to end. Both directions are one loop with source and destination exchanged.
-#include "../patchify.h"
+#pragma once
 
-#include <cstring>
+#include "../patchify.h"
+#include "vec.h"
 
 namespace {
 
@@ -26,10 +27,8 @@ void copy_runs(int64_t bytes, char* dst, int64_t dst_stride, const char* src, in
   }
 }
 
-}  // namespace
-
-extern "C" void sorahpc_patchify_row_cpu(const sorahpc::Patchify* op, int item_bytes, bool to_tokens, int64_t T,
-                                         int64_t H, int64_t W, int64_t row, char* latent, char* tokens) {
+void patchify_row(const sorahpc::Patchify* op, int item_bytes, bool to_tokens, int64_t T, int64_t H, int64_t W,
+                  int64_t row, char* latent, char* tokens) {
   const int64_t t = row / H, h = row % H;
   const int64_t token_bytes = op->token_size() * item_bytes;
   // What is contiguous on both sides: pw pixels, or a single one where the channels come last.
@@ -49,3 +48,5 @@ extern "C" void sorahpc_patchify_row_cpu(const sorahpc::Patchify* op, int item_b
         }
       }
 }
+
+}  // namespace

@@ -1,0 +1,26 @@
+// The CPU kernels as ops/ calls them: one table of functions for each x86-64 level that they were compiled for.
+#pragma once
+
+#include "../pack.h"
+#include "../patchify.h"
+#include "../rope3d.h"
+
+namespace sorahpc {
+
+struct CpuKernels {
+  // Moves the tokens of row (t, h) = (row / H, row % H) of one sample, all channels. `latent` and `tokens` point at the
+  // sample's first element. item_bytes: 2, 4 or 8; the elements are bytes to us. to_tokens: patchify, else unpatchify.
+  void (*patchify_row)(const Patchify* op, int item_bytes, bool to_tokens, int64_t T, int64_t H, int64_t W, int64_t row,
+                       char* latent, char* tokens);
+  // Tokens [begin, end) of op's, both of q and k. tables[axis]: see ops/rope3d.cpp.
+  void (*rope3d)(const Rope3d* op, const void* const* tables, const Sample* samples, int64_t num_samples, int64_t begin,
+                 int64_t end);
+};
+
+}  // namespace sorahpc
+
+// Exported by kernels.cpp, under the name of its level.
+#if defined(__x86_64__)
+extern "C" const sorahpc::CpuKernels sorahpc_cpu_v4bf16, sorahpc_cpu_v4, sorahpc_cpu_v3;
+#endif
+extern "C" const sorahpc::CpuKernels sorahpc_cpu_base;

@@ -1,0 +1,207 @@
+// rope3d on CPU: tables of one row a position and axis, built for the call, then one pass over the tokens.
+#pragma once
+
+#include "../rope3d.h"
+#include "vec.h"
+
+namespace {
+
+using sorahpc::Heads;
+using sorahpc::Rope3d;
+using sorahpc::Sample;
+
+// The angles of one token, laid out as the loops read them: D of each for interleaved pairs (cos twice; -sin, +sin),
+// else D/2 of each.
+template <typename C>
+struct Turn {
+  alignas(64) C cos[sorahpc::MAX_HEAD_DIM], sin[sorahpc::MAX_HEAD_DIM];
+
+  void set(const Rope3d& op, int axis, const C* row) {
+    const int begin = axis ? op.axis_end[axis - 1] : 0, pairs = op.axis_end[axis] - begin;
+    const int width = op.interleaved ? 2 : 1;
+    std::memcpy(cos + begin * width, row, pairs * width * sizeof(C));
+    std::memcpy(sin + begin * width, row + pairs * width, pairs * width * sizeof(C));
+  }
+};
+
+// Turns a head: load_at(width, i) gives numbers [i, i + width) of it, store_at(width, i, y) takes them turned.
+template <typename C, bool INTERLEAVED, typename Load, typename Store>
+SORAHPC_INLINE void turn(const Turn<C>& by, int D, Load&& load_at, Store&& store_at) {
+  if constexpr (INTERLEAVED) {
+    in_vectors<LANES<C>, 2>(D, [&](auto w, int64_t i) __attribute__((always_inline)) {
+      constexpr int N = decltype(w)::value;
+      const Vec<C, N> x = load_at(w, i);
+      store_at(w, i, x * load<N>(by.cos + i) + swap_pairs<C, N>(x) * load<N>(by.sin + i));
+    });
+  } else {
+    in_vectors<LANES<C>>(D / 2, [&](auto w, int64_t i) __attribute__((always_inline)) {
+      constexpr int N = decltype(w)::value;
+      const Vec<C, N> a = load_at(w, i), b = load_at(w, i + D / 2);
+      const Vec<C, N> c = load<N>(by.cos + i), s = load<N>(by.sin + i);
+      store_at(w, i, a * c - b * s);
+      store_at(w, i + D / 2, b * c + a * s);
+    });
+  }
+}
+
+// Heads are taken so many at a time, a pass over all of them for each step of the norm: one head's chain of sum, root
+// and division takes as long as all its arithmetic, and the machine can only overlap what it has room to look ahead to.
+constexpr int GROUP = 8;
+
+// r[n] = 1 / rms of head n. Sums are plain loops: a vector that a lambda adds to lives in memory.
+template <typename C, typename T>
+SORAHPC_INLINE void inverse_rms(const T* x, int64_t stride, int heads, int D, C eps, C* r) {
+  constexpr int N = LANES<C>;
+  for (int n = 0; n < heads; ++n, x += stride) {
+    Vec<C, N> total{};
+    int i = 0;
+    for (; i + N <= D; i += N) {
+      const Vec<C, N> v = load<N>(x + i);
+      total += v * v;
+    }
+    C rest = 0;
+    for (; i < D; ++i) rest += load<1>(x + i)[0] * load<1>(x + i)[0];
+    r[n] = sum<C, N>(total) + rest;
+  }
+  const C share = C(1) / C(D);
+  for (int n = 0; n < GROUP; ++n) r[n] = C(1) / C(sizeof(C) == 8 ? __builtin_sqrt(r[n] * share + eps)
+                                                                  : __builtin_sqrtf(r[n] * share + eps));
+}
+
+template <typename T, bool INTERLEAVED, bool STREAM>
+SORAHPC_INLINE void forward_heads(const T* x, int64_t stride, T* y, int heads, const typename Compute<T>::type* weight,
+                                  const Rope3d& op, const Turn<typename Compute<T>::type>& by) {
+  using C = typename Compute<T>::type;
+  const int D = op.head_dim;
+  C r[GROUP] = {};
+  if (weight != nullptr) inverse_rms<C>(x, stride, heads, D, C(op.eps), r);
+  for (int n = 0; n < heads; ++n, x += stride, y += D) {
+    const auto put_at = [&](auto w, int64_t i, auto v) __attribute__((always_inline)) {
+      store<STREAM, decltype(w)::value>(y + i, v);
+    };
+    if (weight == nullptr)
+      turn<C, INTERLEAVED>(by, D, [&](auto w, int64_t i) __attribute__((always_inline)) {
+        return load<decltype(w)::value>(x + i);
+      }, put_at);
+    else
+      turn<C, INTERLEAVED>(by, D, [&](auto w, int64_t i) __attribute__((always_inline)) {
+        constexpr int N = decltype(w)::value;
+        return load<N>(x + i) * r[n] * load<N>(weight + i);
+      }, put_at);
+  }
+}
+
+// dx = r (g w - x r^2 mean(g w x)) and dweight += g x r, with g = dy turned back and r = 1 / rms(x).
+template <typename T, bool INTERLEAVED, bool STREAM>
+SORAHPC_INLINE void backward_heads(const T* dy, int64_t dy_stride, const T* x, int64_t stride, T* dx, int heads,
+                                   const typename Compute<T>::type* weight, typename Compute<T>::type* dweight,
+                                   const Rope3d& op, const Turn<typename Compute<T>::type>& by) {
+  using C = typename Compute<T>::type;
+  constexpr int N = LANES<C>;
+  const int D = op.head_dim;
+  alignas(64) C g[GROUP][sorahpc::MAX_HEAD_DIM];
+  C r[GROUP] = {}, shrink[GROUP];
+  inverse_rms<C>(x, stride, heads, D, C(op.eps), r);
+  for (int n = 0; n < heads; ++n)
+    turn<C, INTERLEAVED>(
+        by, D,
+        [&](auto w, int64_t i) __attribute__((always_inline)) {
+          return load<decltype(w)::value>(dy + n * dy_stride + i);
+        },
+        [&](auto w, int64_t i, auto v) __attribute__((always_inline)) {
+          store<false, decltype(w)::value>(g[n] + i, v);
+        });
+  for (int n = 0; n < heads; ++n) {
+    const T* saved = x + n * stride;
+    Vec<C, N> total{};
+    int i = 0;
+    for (; i + N <= D; i += N) {
+      const Vec<C, N> gx = load<N>(g[n] + i) * load<N>(saved + i);
+      store<false, N>(dweight + i, load<N>(dweight + i) + gx * r[n]);
+      total += gx * load<N>(weight + i);
+    }
+    C rest = 0;
+    for (; i < D; ++i) {
+      const C gx = g[n][i] * load<1>(saved + i)[0];
+      dweight[i] += gx * r[n];
+      rest += gx * weight[i];
+    }
+    shrink[n] = r[n] * r[n] * ((sum<C, N>(total) + rest) / D);
+  }
+  for (int n = 0; n < heads; ++n)
+    in_vectors<N>(D, [&](auto w, int64_t i) __attribute__((always_inline)) {
+      constexpr int N = decltype(w)::value;
+      const Vec<C, N> gw = load<N>(g[n] + i) * load<N>(weight + i);
+      store<STREAM, N>(dx + n * D + i, r[n] * (gw - load<N>(x + n * stride + i) * shrink[n]));
+    });
+}
+
+// Tokens [begin, end) of the num_tokens. Tables as of rope3d_table, one an axis.
+template <typename T, bool INTERLEAVED, bool STREAM>
+void rope3d_tokens(const Rope3d& op, const void* const* tables, const Sample* samples, int64_t num_samples,
+                   int64_t begin, int64_t end) {
+  using C = typename Compute<T>::type;
+  const int row = op.interleaved ? 4 : 2;  // numbers a pair in a table
+  const int64_t D = op.head_dim;
+  int64_t s = find_sample(samples, num_samples, op.first + begin);
+  int64_t at[3], now[3] = {-1, -1, -1};
+  {
+    const int64_t i = op.first + begin - samples[s].first_token;
+    at[2] = i % samples[s].W, at[1] = i / samples[s].W % samples[s].H, at[0] = i / samples[s].W / samples[s].H;
+  }
+  Turn<C> by;
+  for (int64_t token = begin; token < end; ++token) {
+    for (int a = 0; a < 3; ++a) {
+      if (at[a] == now[a]) continue;
+      const int pairs = op.axis_end[a] - (a ? op.axis_end[a - 1] : 0);
+      by.set(op, a, (const C*)tables[a] + at[a] * pairs * row);
+      now[a] = at[a];
+    }
+    for (const Heads& h : op.qk) {
+      const T* x = (const T*)h.x + token * h.token_stride;
+      const T* saved = (const T*)h.saved + token * h.saved_token_stride;
+      T* out = (T*)h.out + token * h.num_heads * D;
+      const C* weight = (const C*)h.weight;
+      for (int64_t n = 0; n < h.num_heads; n += GROUP) {
+        const int heads = int(h.num_heads - n < GROUP ? h.num_heads - n : GROUP);
+        if (op.backward)
+          backward_heads<T, INTERLEAVED, STREAM>(x + n * h.head_stride, h.head_stride, saved + n * h.saved_head_stride,
+                                                 h.saved_head_stride, out + n * D, heads, weight,
+                                                 (C*)h.dweight + token / op.chunk * D, op, by);
+        else
+          forward_heads<T, INTERLEAVED, STREAM>(x + n * h.head_stride, h.head_stride, out + n * D, heads, weight, op,
+                                                by);
+      }
+    }
+    if (++at[2] < samples[s].W) continue;
+    at[2] = 0;
+    if (++at[1] < samples[s].H) continue;
+    at[1] = 0;
+    if (++at[0] < samples[s].T) continue;
+    at[0] = 0;
+    ++s;
+  }
+  if (STREAM) stream_fence();
+}
+
+template <typename T>
+void rope3d_typed(const Rope3d& op, const void* const* tables, const Sample* samples, int64_t n, int64_t begin,
+                  int64_t end) {
+  if (op.interleaved)
+    return op.stream ? rope3d_tokens<T, true, true>(op, tables, samples, n, begin, end)
+                     : rope3d_tokens<T, true, false>(op, tables, samples, n, begin, end);
+  return op.stream ? rope3d_tokens<T, false, true>(op, tables, samples, n, begin, end)
+                   : rope3d_tokens<T, false, false>(op, tables, samples, n, begin, end);
+}
+
+void rope3d(const Rope3d* op, const void* const* tables, const Sample* samples, int64_t num_samples, int64_t begin,
+            int64_t end) {
+  switch (op->dtype) {
+    case Dtype::f16: return rope3d_typed<half_t>(*op, tables, samples, num_samples, begin, end);
+    case Dtype::bf16: return rope3d_typed<bf16_t>(*op, tables, samples, num_samples, begin, end);
+    case Dtype::f32: return rope3d_typed<float>(*op, tables, samples, num_samples, begin, end);
+    case Dtype::f64: return rope3d_typed<double>(*op, tables, samples, num_samples, begin, end);
+  }
+}
+
+}  // namespace

@@ -1,0 +1,230 @@
+// Vectors of the width that this build of the kernels is for: setup.py compiles kernels.cpp once for each of x86-64's
+// levels, and ops/ takes the best that the machine has. GCC's vector extensions, so one text serves all; intrinsics only
+// where C++ has no word: non-temporal stores, and conversions that compilers don't find.
+//
+// Everything here and in the kernels has internal linkage, and nothing is taken from the standard library: an inline
+// function compiled for AVX-512 in one object would else be the one that the linker keeps for all.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "../pack.h"
+
+#define SORAHPC_INLINE inline __attribute__((always_inline))
+
+namespace {
+
+using sorahpc::Dtype;
+
+#if defined(__AVX512F__)
+constexpr int VECTOR_BYTES = 64;
+#elif defined(__AVX2__)
+constexpr int VECTOR_BYTES = 32;
+#else
+constexpr int VECTOR_BYTES = 16;
+#endif
+
+struct half_t {
+  uint16_t bits;
+};
+struct bf16_t {
+  uint16_t bits;
+};
+
+// What T is computed in.
+template <typename T>
+struct Compute {
+  using type = float;
+};
+template <>
+struct Compute<double> {
+  using type = double;
+};
+
+template <typename C, int N>
+struct VecOf {
+  typedef C type __attribute__((vector_size(N * sizeof(C))));
+};
+template <typename C, int N>
+using Vec = typename VecOf<C, N>::type;
+
+template <typename C>
+constexpr int LANES = VECTOR_BYTES / sizeof(C);
+
+template <typename V, typename X>
+SORAHPC_INLINE V bits_as(X x) {
+  static_assert(sizeof(V) == sizeof(X));
+  V v;
+  std::memcpy(&v, &x, sizeof(V));
+  return v;
+}
+
+template <typename C, int N>
+SORAHPC_INLINE Vec<C, N> splat(C x) {
+  return x - Vec<C, N>{};
+}
+
+// n consecutive numbers -> a vector of what they are computed in.
+template <int N>
+SORAHPC_INLINE Vec<float, N> load(const float* p) {
+  Vec<float, N> v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+
+template <int N>
+SORAHPC_INLINE Vec<double, N> load(const double* p) {
+  Vec<double, N> v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+
+template <int N>
+SORAHPC_INLINE Vec<uint32_t, N> load_bits(const void* p) {
+#if defined(__AVX512F__)
+  if constexpr (N == 16) return (Vec<uint32_t, 16>)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
+#endif
+#if defined(__AVX2__)
+  if constexpr (N == 8) return (Vec<uint32_t, 8>)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p));
+#endif
+  Vec<uint16_t, N> v;
+  std::memcpy(&v, p, sizeof(v));
+  return __builtin_convertvector(v, Vec<uint32_t, N>);
+}
+
+template <int N>
+SORAHPC_INLINE Vec<float, N> load(const bf16_t* p) {
+  return bits_as<Vec<float, N>>(load_bits<N>(p) << 16);
+}
+
+template <int N>
+SORAHPC_INLINE Vec<float, N> load(const half_t* p) {
+#if defined(__AVX512F__)
+  if constexpr (N == 16) return (Vec<float, 16>)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#endif
+#if defined(__F16C__)
+  if constexpr (N == 8) return (Vec<float, 8>)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#endif
+  // Exponent and fraction moved to their places, the bias mended by a multiplication, which makes subnormals right too.
+  const Vec<uint32_t, N> u = load_bits<N>(p), sign = (u & 0x8000u) << 16, rest = (u & 0x7fffu) << 13;
+  const Vec<float, N> scaled = bits_as<Vec<float, N>>(rest) * 0x1p112f;
+  const auto special = rest >= (0x7c00u << 13);  // infinities and NaN
+  const Vec<uint32_t, N> bits = special ? rest | 0x7f800000u : bits_as<Vec<uint32_t, N>>(scaled);
+  return bits_as<Vec<float, N>>(bits | sign);
+}
+
+// Stores; STREAM: past the caches, for results larger than they are (p then aligned to the vector's bytes, or 16).
+template <bool STREAM, typename V>
+SORAHPC_INLINE void put(void* p, V v) {
+#if defined(__x86_64__)
+  if constexpr (STREAM && sizeof(V) % 16 == 0) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(V) == 64) return _mm512_stream_si512((__m512i*)p, bits_as<__m512i>(v));
+#endif
+#if defined(__AVX2__)
+    if constexpr (sizeof(V) == 32) return _mm256_stream_si256((__m256i*)p, bits_as<__m256i>(v));
+#endif
+    __m128i part[sizeof(V) / 16];
+    std::memcpy(part, &v, sizeof(V));
+    for (unsigned i = 0; i < sizeof(V) / 16; ++i) _mm_stream_si128((__m128i*)p + i, part[i]);
+    return;
+  }
+#endif
+  std::memcpy(p, &v, sizeof(V));
+}
+
+template <bool STREAM, int N>
+SORAHPC_INLINE void store(float* p, Vec<float, N> v) {
+  put<STREAM>(p, v);
+}
+
+template <bool STREAM, int N>
+SORAHPC_INLINE void store(double* p, Vec<double, N> v) {
+  put<STREAM>(p, v);
+}
+
+// Round to nearest, ties to even.
+template <bool STREAM, int N>
+SORAHPC_INLINE void store(bf16_t* p, Vec<float, N> v) {
+#if defined(__AVX512BF16__)
+  if constexpr (N == 16) return put<STREAM>(p, bits_as<__m256i>(_mm512_cvtneps_pbh((__m512)v)));
+#endif
+  const Vec<uint32_t, N> u = bits_as<Vec<uint32_t, N>>(v);
+  const Vec<uint32_t, N> rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  const Vec<uint32_t, N> nan = (u >> 16) | 0x40u;
+  const Vec<uint32_t, N> out = (u & 0x7fffffffu) > 0x7f800000u ? nan : rounded;
+  put<STREAM>(p, __builtin_convertvector(out, Vec<uint16_t, N>));
+}
+
+template <bool STREAM, int N>
+SORAHPC_INLINE void store(half_t* p, Vec<float, N> v) {
+#if defined(__AVX512F__)
+  if constexpr (N == 16)
+    return put<STREAM>(p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#endif
+#if defined(__F16C__)
+  if constexpr (N == 8)
+    return put<STREAM>(p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#endif
+  using U = Vec<uint32_t, N>;
+  const U u = bits_as<U>(v), sign = (u >> 16) & 0x8000u, magnitude = u & 0x7fffffffu;
+  // Subnormal halves: adding 0.5 lets the float adder round at their last bit.
+  const U small = bits_as<U>(bits_as<Vec<float, N>>(magnitude) + 0.5f) - 0x3f000000u;
+  const U normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  U out = magnitude < 0x38800000u ? small : normal;
+  out = magnitude >= 0x477ff000u ? splat<uint32_t, N>(0x7c00u) : out;  // rounds to infinity
+  out = magnitude > 0x7f800000u ? splat<uint32_t, N>(0x7e00u) : out;
+  put<STREAM>(p, __builtin_convertvector(out | sign, Vec<uint16_t, N>));
+}
+
+template <typename C, int N>
+SORAHPC_INLINE C sum(Vec<C, N> v) {
+  if constexpr (N == 1) {
+    return v[0];
+  } else {
+    Vec<C, N / 2> a, b;
+    std::memcpy(&a, &v, sizeof(a));
+    std::memcpy(&b, (const char*)&v + sizeof(a), sizeof(b));
+    return sum<C, N / 2>(a + b);
+  }
+}
+
+// x0 x1 x2 x3 ... -> x1 x0 x3 x2 ...
+template <typename C, int N>
+SORAHPC_INLINE Vec<C, N> swap_pairs(Vec<C, N> v) {
+  if constexpr (N == 2)
+    return __builtin_shufflevector(v, v, 1, 0);
+  else if constexpr (N == 4)
+    return __builtin_shufflevector(v, v, 1, 0, 3, 2);
+  else if constexpr (N == 8)
+    return __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6);
+  else
+    return __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+}
+
+// Calls f(integral<N>, i) over [0, n) in vectors of N, and what is left in halves of that, down to LAST.
+template <int N>
+struct width {
+  static constexpr int value = N;
+};
+
+template <int N, int LAST = 1, typename F>
+SORAHPC_INLINE void in_vectors(int64_t n, F&& f, int64_t i = 0) {
+  for (; i + N <= n; i += N) f(width<N>{}, i);
+  if constexpr (N > LAST)
+    if (i < n) in_vectors<N / 2, LAST>(n, f, i);
+}
+
+// Weakly ordered stores are done before another thread may look.
+SORAHPC_INLINE void stream_fence() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
+}  // namespace

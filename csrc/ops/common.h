@@ -1,0 +1,84 @@
+// What the op bodies of this folder share. Only this folder has torch headers, and of those only the LibTorch stable ABI
+// (no ATen, c10, pybind or Python), so one build serves many versions of torch and Python, and compiles in seconds.
+//
+// Schemas, fakes and gradients are defined in sorahpc/ops/*.py; here are only the bodies for CPU and CUDA. Python checks
+// what it can see without reading data; what would read or write out of bounds is checked here, always.
+#pragma once
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "../cpu/kernels.h"
+
+namespace sorahpc {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// The schema that a body was written for, the same text as in Python, which compares them before it calls anything: a
+// boxed call with other arguments, as after an edit without a rebuild, would read garbage.
+struct Schema {
+  explicit Schema(const char* text);
+};
+
+// The kernels for the best level of this machine's CPU.
+const CpuKernels& cpu();
+
+#ifdef SORAHPC_CUDA
+void* current_stream(int32_t device);
+#endif
+
+Dtype dtype_of(const Tensor& x);
+int64_t item_bytes(Dtype dtype);
+// float32, or float64 for float64: what is computed in.
+ScalarType compute_type(Dtype dtype);
+
+// On CPU a result beyond this is written past the caches: it would push out what comes next, and each line of it would
+// be read before it is written, half as much traffic again. A quarter of a common server's share of last-level cache.
+constexpr int64_t STREAM_BYTES = 16 << 20;
+
+template <typename T = char>
+const T* data(const Tensor& x) {
+  return static_cast<const T*>(x.const_data_ptr());
+}
+
+template <typename T = char>
+T* out_data(Tensor& x) {
+  return static_cast<T*>(x.mutable_data_ptr());
+}
+
+// The samples of a pack, and one entry more (see pack.h).
+class Samples {
+ public:
+  // grids int64 CPU [S, 3], each count at least 1, of exactly num_tokens, or of at least that many with `more`.
+  static Samples of_grids(const Tensor& grids, int64_t num_tokens, bool more = false);
+  // lens int64 CPU [S], each at least 0, of exactly num_tokens in all.
+  static Samples of_lens(const Tensor& lens, int64_t num_tokens);
+
+  const Sample* host() const { return table_.data(); }
+  int64_t size() const { return int64_t(table_.size()) - 1; }
+  int64_t num_tokens() const { return table_.back().first_token; }
+
+#ifdef SORAHPC_CUDA
+  // null where the table fits a kernel's arguments, as it does but for packs of very many samples; else a copy on
+  // `like`'s device, which must stay alive until the kernel is launched.
+  const Sample* device(const Tensor& like);
+#endif
+
+ private:
+  std::vector<Sample> table_;
+  std::optional<Tensor> copy_;
+};
+
+}  // namespace sorahpc

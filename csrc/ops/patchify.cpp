@@ -1,0 +1,88 @@
+// patchify and unpatchify.
+#include "common.h"
+
+namespace sorahpc {
+namespace {
+
+// Both directions. Input: latents [L * P] or tokens [L, P]; the other is returned.
+Tensor patchify_any(const Tensor& input, const Tensor& grids, const Patchify& op, bool to_tokens) {
+  const auto within = [](int64_t x, int64_t most) { return x >= 1 && x <= most; };
+  STD_TORCH_CHECK(within(op.channels, 1 << 20) && within(op.pt, 1 << 12) && within(op.ph, 1 << 12) &&
+                      within(op.pw, 1 << 12),
+                  "channels: expected 1 to 2^20, patch: 1 to 2^12 on each axis");  // so that P can't overflow
+  const int64_t P = op.token_size();
+  if (to_tokens) {
+    STD_TORCH_CHECK(input.dim() == 1 && input.numel() % P == 0, "latents: expected [L * ", P, "] in one dim");
+  } else {
+    STD_TORCH_CHECK(input.dim() == 2 && input.size(1) == P, "tokens: expected [L, ", P, "]");
+  }
+  const int64_t L = input.numel() / P;
+  const int bytes = int(item_bytes(dtype_of(input)));
+  Samples samples = Samples::of_grids(grids, L);
+
+  const Tensor source = torch::stable::contiguous(input);
+  const std::vector<int64_t> shape = to_tokens ? std::vector<int64_t>{L, P} : std::vector<int64_t>{L * P};
+  Tensor result = torch::stable::new_empty(source, shape);
+  if (L == 0) return result;
+  // One pointer for each side; the kernels write only the one that `to_tokens` names.
+  char* const in = const_cast<char*>(data(source));
+  char* const out = out_data(result);
+  char* const latents = to_tokens ? in : out;
+  char* const tokens = to_tokens ? out : in;
+
+  if (source.is_cpu()) {
+    // A row: the W tokens of one (t, h).
+    std::vector<int64_t> first_row{0};
+    for (const Sample* s = samples.host(); s != samples.host() + samples.size(); ++s)
+      first_row.push_back(first_row.back() + int64_t(s->T) * s->H);
+    const int64_t num_rows = first_row.back();
+    const int64_t grain = std::max<int64_t>(1, 65536 * num_rows / (L * P));  // 64 k elements a thread at least
+    torch::stable::parallel_for(0, num_rows, grain, [&](int64_t begin, int64_t end) {
+      int64_t i = std::upper_bound(first_row.begin(), first_row.end(), begin) - first_row.begin() - 1;
+      for (int64_t row = begin; row < end; ++row) {
+        if (row == first_row[i + 1]) ++i;
+        const Sample& s = samples.host()[i];
+        const int64_t base = s.first_token * P * bytes;
+        cpu().patchify_row(&op, bytes, to_tokens, s.T, s.H, s.W, row - first_row[i], latents + base, tokens + base);
+      }
+    });
+    return result;
+  }
+#ifdef SORAHPC_CUDA
+  const torch::stable::accelerator::DeviceGuard guard(source.get_device_index());
+  const int error = sorahpc_patchify_cuda(&op, bytes, to_tokens, samples.host(), samples.size(), samples.device(source),
+                                          latents, tokens, current_stream(source.get_device_index()));
+  STD_TORCH_CHECK(error == 0, "patchify: CUDA error ", error, " at launch");
+#endif
+  return result;
+}
+
+Tensor patchify(const Tensor& latents, const Tensor& grids, int64_t channels, int64_t pt, int64_t ph, int64_t pw,
+                bool channels_last) {
+  return patchify_any(latents, grids, {channels, pt, ph, pw, channels_last}, true);
+}
+
+Tensor unpatchify(const Tensor& tokens, const Tensor& grids, int64_t channels, int64_t pt, int64_t ph, int64_t pw,
+                  bool channels_last) {
+  return patchify_any(tokens, grids, {channels, pt, ph, pw, channels_last}, false);
+}
+
+const Schema schema_patchify(
+    "patchify(Tensor latents, Tensor grids, int channels, int pt, int ph, int pw, bool channels_last) -> Tensor");
+const Schema schema_unpatchify(
+    "unpatchify(Tensor tokens, Tensor grids, int channels, int pt, int ph, int pw, bool channels_last) -> Tensor");
+
+}  // namespace
+}  // namespace sorahpc
+
+STABLE_TORCH_LIBRARY_IMPL(sorahpc, CPU, m) {
+  m.impl("patchify", TORCH_BOX(&sorahpc::patchify));
+  m.impl("unpatchify", TORCH_BOX(&sorahpc::unpatchify));
+}
+
+#ifdef SORAHPC_CUDA
+STABLE_TORCH_LIBRARY_IMPL(sorahpc, CUDA, m) {
+  m.impl("patchify", TORCH_BOX(&sorahpc::patchify));
+  m.impl("unpatchify", TORCH_BOX(&sorahpc::unpatchify));
+}
+#endif

@@ -1,0 +1,38 @@
+// What every kernel shares: number types, and the table of a ragged pack's samples. No torch types.
+#pragma once
+
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define SORAHPC_HD __host__ __device__ __forceinline__
+#else
+#define SORAHPC_HD inline
+#endif
+
+namespace sorahpc {
+
+enum class Dtype : int { f16, bf16, f32, f64 };
+
+// Samples lie in a pack one after the other; a table of them ends with one more entry, whose first_token is the total.
+struct Sample {
+  int64_t first_token;
+  int32_t T, H, W;  // grid; of a pack of bare lengths T = H = 1
+};
+
+// A kernel's arguments hold a table of so many, within the 4 kB that every driver takes; a larger one is copied over.
+constexpr int MAX_SAMPLES_IN_ARGUMENTS = 140;
+
+// The sample that holds `token`: the last i < num_samples with first_token <= token, so never an empty one.
+SORAHPC_HD int64_t find_sample(const Sample* samples, int64_t num_samples, int64_t token) {
+  int64_t low = 0, high = num_samples;
+  while (high - low > 1) {
+    const int64_t mid = (low + high) / 2;
+    if (samples[mid].first_token <= token)
+      low = mid;
+    else
+      high = mid;
+  }
+  return low;
+}
+
+}  // namespace sorahpc
