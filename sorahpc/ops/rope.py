@@ -124,7 +124,7 @@ def _check(
     thetas = [float(theta)] * 3 if isinstance(theta, (int, float)) else [float(x) for x in theta]
     numbers = {"theta": thetas, "offset": [float(x) for x in offset], "scale": [float(x) for x in scale]}
     for name, values in numbers.items():
-        if len(values) != 3 or not all(map(math.isfinite, values)) or (name == "theta" and min(values) <= 0):
+        if len(values) != 3 or not all(abs(x) < math.inf for x in values) or (name == "theta" and min(values) <= 0):
             kind = "positive" if name == "theta" else "finite"
             raise ValueError(f"{op}: {name} {tuple(values)}, expected three {kind} numbers")
     if first is not None and first < 0:

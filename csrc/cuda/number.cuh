@@ -1,0 +1,61 @@
+// Vectors of numbers in memory and as float, for the CUDA kernels.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace sorahpc {
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
+__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+template <typename T>
+__device__ __forceinline__ T from_float(float x);
+template <>
+__device__ __forceinline__ float from_float<float>(float x) {
+  return x;
+}
+template <>
+__device__ __forceinline__ __half from_float<__half>(float x) {
+  return __float2half_rn(x);
+}
+template <>
+__device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
+  return __float2bfloat16_rn(x);
+}
+
+// N numbers that one instruction moves; the address must be a multiple of their size.
+template <typename T, int N>
+struct alignas(sizeof(T) * N) Numbers {
+  T x[N];
+};
+
+template <typename T, int N>
+__device__ __forceinline__ void load(float (&out)[N], const T* p) {
+  const Numbers<T, N> v = *reinterpret_cast<const Numbers<T, N>*>(p);
+#pragma unroll
+  for (int i = 0; i < N; ++i) out[i] = to_float(v.x[i]);
+}
+
+template <typename T, int N>
+__device__ __forceinline__ void store(T* p, const float (&in)[N]) {
+  Numbers<T, N> v;
+#pragma unroll
+  for (int i = 0; i < N; ++i) v.x[i] = from_float<T>(in[i]);
+  *reinterpret_cast<Numbers<T, N>*>(p) = v;
+}
+
+inline bool aligned(const void* p, int64_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
+
+// What a grid of persistent blocks is sized by; 0 and an error where the device does not answer.
+inline int num_multiprocessors() {
+  int device = 0, count = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return 0;
+  return cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) == cudaSuccess ? count : 0;
+}
+
+}  // namespace sorahpc
