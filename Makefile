@@ -1,6 +1,7 @@
 # make demo     the whole pipeline on the toy world, on this machine; ends with runs/demo/report.html
 # make test     all tests but those marked slow; ARGS="-k name" goes to pytest
 # make slow     the slow tests
+# make sanitize the op tests on kernels built with AddressSanitizer and UBSan
 # make lint     ruff and mypy; `make format` rewrites what ruff asks for
 # make bench    every benchmarks/bench_*.py
 # make build    only the environment and the kernels; every target above does this first, and again only what changed
@@ -22,7 +23,7 @@ LIBRARY := sorahpc/_ops.abi3.so
 # One thread a process: tests start several, and idle OpenMP threads cost more than they bring on a small machine.
 PYTEST := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest
 
-.PHONY: build demo test slow lint format bench clean FORCE
+.PHONY: build demo test slow sanitize lint format bench clean FORCE
 
 build: $(VENV)/.built
 
@@ -34,6 +35,18 @@ test: build
 
 slow: build
 	@$(PYTEST) -m slow $(ARGS)
+
+# A copy of the package beside its sanitized library. Python itself leaks and is not sanitized: its library comes first by
+# LD_PRELOAD, leaks are not looked for, and what torch allocates is seen all the same.
+sanitize: build
+	@rm -rf build/sanitize && mkdir -p build/sanitize
+	@cp -r sorahpc build/sanitize/ && rm -f build/sanitize/sorahpc/*.so
+	@SORAHPC_SANITIZE=1 SORAHPC_CUDA=0 $(BIN)/python setup.py -q build_ext --build-lib build/sanitize \
+	  --build-temp build/sanitize/objects
+	@cd build/sanitize && LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=. OMP_NUM_THREADS=2 \
+	  $(abspath $(BIN))/python -m pytest -c ../../pyproject.toml --rootdir ../.. -p no:cacheprovider -q \
+	  ../../tests/test_ops_*.py $(ARGS)
 
 lint: build
 	@$(BIN)/ruff check .

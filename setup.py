@@ -5,6 +5,7 @@ Environment:
     SORAHPC_CUDA          auto (default): CUDA kernels if torch has CUDA and nvcc is found; 1: build them or fail; 0: no
     CUDA_HOME             where bin/nvcc is looked for first; else nvcc on PATH, else /usr/local/cuda
     TORCH_CUDA_ARCH_LIST  default 8.0;9.0;10.0+PTX
+    SORAHPC_SANITIZE      1: the ops with AddressSanitizer and UBSan, for `make sanitize` (default 0)
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ ROOT = Path(__file__).resolve().parent
 # The oldest torch whose stable ABI the kernels use; they load in every later one.
 TORCH_TARGET = "0x020b000000000000"  # 2.11
 CXX_FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"]
+SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g1", "-O1"]
 # The CPU kernels are compiled once for each level, and the best that a machine has is taken when the ops are loaded:
 # one build runs anywhere, without -march=native. Uninitialized: GCC 12 says so of its own intrinsics.
 KERNEL_FLAGS = [*CXX_FLAGS, "-fPIC", "-fno-math-errno", "-Wno-psabi", "-Wno-maybe-uninitialized"]
@@ -110,10 +112,12 @@ class BuildExt(build_ext):
         ops.library_dirs = [str(torch / "lib")]
         ops.libraries = ["torch_cpu"]  # already loaded when the ops are: found by its name, without a path of ours
         ops.define_macros = [("TORCH_TARGET_VERSION", TORCH_TARGET)]
-        ops.extra_compile_args = CXX_FLAGS
+        sanitize = SANITIZE if switch("SORAHPC_SANITIZE", "0", ("0", "1")) == "1" else []
+        ops.extra_compile_args = [*CXX_FLAGS, *sanitize]
+        ops.extra_link_args = sanitize
         here = LEVELS if platform.machine() in ("x86_64", "AMD64") else {"base": []}
         with ThreadPoolExecutor(2) as pool:  # not more: a compiler takes up to a gigabyte
-            objects = pool.map(lambda level: self.compile_kernels(compiler, level, here[level]), here)
+            objects = pool.map(lambda level: self.compile_kernels(compiler, level, [*here[level], *sanitize]), here)
             ops.extra_objects += objects
         archs: list[str] = []
         if cuda:
@@ -153,7 +157,6 @@ class BuildExt(build_ext):
         target = Path(self.build_temp) / f"kernels_{level}.o"
         target.parent.mkdir(parents=True, exist_ok=True)
         command = [compiler, *KERNEL_FLAGS, *flags, f"-DSORAHPC_LEVEL={level}", "-c", "csrc/cpu/kernels.cpp"]
-        print(" ".join(command), flush=True)
         if subprocess.run([*command, "-o", str(target)]).returncode != 0:
             fail(f"csrc/cpu/kernels.cpp: {compiler} failed; SORAHPC_NATIVE=0 installs without kernels, slower")
         return str(target)

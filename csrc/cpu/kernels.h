@@ -15,6 +15,8 @@ struct CpuKernels {
   // Tokens [begin, end) of op's, both of q and k. tables[axis]: see ops/rope3d.cpp.
   void (*rope3d)(const Rope3d* op, const void* const* tables, const Sample* samples, int64_t num_samples, int64_t begin,
                  int64_t end);
+  // dst at a multiple of 64.
+  void (*stream_copy)(const char* src, char* dst, int64_t bytes);
 };
 
 }  // namespace sorahpc

@@ -6,6 +6,7 @@ from sorahpc.ops.modulate import gated_residual, modulate
 from sorahpc.ops.pack import positions3d
 from sorahpc.ops.patchify import patchify, unpatchify
 from sorahpc.ops.rope import qk_norm_rope3d, rope3d
+from sorahpc.ops.stream_copy import stream_copy
 
 __all__ = [
     "backend",
@@ -16,6 +17,7 @@ __all__ = [
     "qk_norm_rope3d",
     "rope3d",
     "sincos3d",
+    "stream_copy",
     "timestep_embedding",
     "unpatchify",
     "use_reference",
