@@ -2,6 +2,7 @@
 
 from sorahpc.ops._library import backend, use_reference
 from sorahpc.ops.embed import sincos3d, timestep_embedding
+from sorahpc.ops.flow_patchify import flow_patchify, noise
 from sorahpc.ops.modulate import gated_residual, modulate
 from sorahpc.ops.pack import positions3d
 from sorahpc.ops.patchify import patchify, unpatchify
@@ -9,8 +10,10 @@ from sorahpc.ops.rope import qk_norm_rope3d, rope3d
 
 __all__ = [
     "backend",
+    "flow_patchify",
     "gated_residual",
     "modulate",
+    "noise",
     "patchify",
     "positions3d",
     "qk_norm_rope3d",
