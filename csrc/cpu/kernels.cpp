@@ -2,10 +2,12 @@
 #include "kernels.h"
 
 #include "copy.h"
+#include "flow_patchify.h"
 #include "patchify.h"
 #include "rope3d.h"
 
 #define SORAHPC_TABLE_OF(level) sorahpc_cpu_##level
 #define SORAHPC_TABLE(level) SORAHPC_TABLE_OF(level)
 
-extern "C" const sorahpc::CpuKernels SORAHPC_TABLE(SORAHPC_LEVEL) = {&patchify_row, &rope3d, &stream_copy};
+extern "C" const sorahpc::CpuKernels SORAHPC_TABLE(SORAHPC_LEVEL) = {
+    &patchify_row, &rope3d, &stream_copy, &flow_patchify};

@@ -1,6 +1,7 @@
 // The CPU kernels as ops/ calls them: one table of functions for each x86-64 level that they were compiled for.
 #pragma once
 
+#include "../flow_patchify.h"
 #include "../pack.h"
 #include "../patchify.h"
 #include "../rope3d.h"
@@ -17,6 +18,10 @@ struct CpuKernels {
                  int64_t end);
   // dst at a multiple of 64.
   void (*stream_copy)(const char* src, char* dst, int64_t bytes);
+  // Token rows [h0, h1) of frame t of one sample, all channels; the pointers are at the sample's first element. scratch
+  // holds these tokens twice; null: written where they belong at once, through the caches.
+  void (*flow_patchify)(const FlowPatchify* op, const Draw* draw, const Sample* sample, int64_t t, int64_t h0,
+                        int64_t h1, const char* latent, char* tokens, char* target, char* scratch);
 };
 
 }  // namespace sorahpc

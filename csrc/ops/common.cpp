@@ -131,16 +131,18 @@ Samples Samples::of_lens(const Tensor& lens, int64_t num_tokens) {
 }
 
 #ifdef SORAHPC_CUDA
-const Sample* Samples::device(const Tensor& like) {
-  if (size() <= MAX_SAMPLES_IN_ARGUMENTS) return nullptr;
-  if (!copy_) {
-    std::vector<int64_t> shape{int64_t(table_.size() * sizeof(Sample))};
-    const torch::stable::Device cpu_device(torch::headeronly::DeviceType::CPU);
-    const Tensor host = torch::stable::from_blob(table_.data(), shape, {1}, cpu_device, ScalarType::Byte);
-    copy_ = torch::stable::new_empty(like, shape, ScalarType::Byte);
-    // Not blocking: CUDA takes what lies in pageable memory over before the call returns, so nothing waits.
-    torch::stable::copy_(*copy_, host, true);
-  }
+Tensor copy_to_device(const void* host, int64_t bytes, const Tensor& like) {
+  const torch::stable::Device cpu_device(torch::headeronly::DeviceType::CPU);
+  const Tensor there = torch::stable::from_blob(const_cast<void*>(host), {bytes}, {1}, cpu_device, ScalarType::Byte);
+  Tensor copy = torch::stable::new_empty(like, {bytes}, ScalarType::Byte);
+  // Not blocking: CUDA takes what lies in pageable memory over before the call returns, so nothing waits.
+  torch::stable::copy_(copy, there, true);
+  return copy;
+}
+
+const Sample* Samples::device(const Tensor& like, int64_t most) {
+  if (size() <= most) return nullptr;
+  if (!copy_) copy_ = copy_to_device(table_.data(), int64_t(table_.size() * sizeof(Sample)), like);
   return data<Sample>(*copy_);
 }
 #endif

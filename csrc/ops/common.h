@@ -58,6 +58,11 @@ T* out_data(Tensor& x) {
   return static_cast<T*>(x.mutable_data_ptr());
 }
 
+#ifdef SORAHPC_CUDA
+// What lies in host memory, on `like`'s device; nothing waits.
+Tensor copy_to_device(const void* host, int64_t bytes, const Tensor& like);
+#endif
+
 // The samples of a pack, and one entry more (see pack.h).
 class Samples {
  public:
@@ -72,8 +77,8 @@ class Samples {
 
 #ifdef SORAHPC_CUDA
   // null where the table fits a kernel's arguments, as it does but for packs of very many samples; else a copy on
-  // `like`'s device, which must stay alive until the kernel is launched.
-  const Sample* device(const Tensor& like);
+  // `like`'s device, which must stay alive until the kernel is launched. `most`: of the kernel's arguments.
+  const Sample* device(const Tensor& like, int64_t most = MAX_SAMPLES_IN_ARGUMENTS);
 #endif
 
  private:

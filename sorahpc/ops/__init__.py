@@ -2,6 +2,7 @@
 
 from sorahpc.ops._library import backend, use_reference
 from sorahpc.ops.embed import sincos3d, timestep_embedding
+from sorahpc.ops.flow_patchify import flow_patchify, noise
 from sorahpc.ops.modulate import gated_residual, modulate
 from sorahpc.ops.pack import positions3d
 from sorahpc.ops.patchify import patchify, unpatchify
@@ -10,8 +11,10 @@ from sorahpc.ops.stream_copy import stream_copy
 
 __all__ = [
     "backend",
+    "flow_patchify",
     "gated_residual",
     "modulate",
+    "noise",
     "patchify",
     "positions3d",
     "qk_norm_rope3d",
