@@ -367,6 +367,9 @@ class Config(Section):
 
     run: RunName = Field(description="name of the run; its folder is <runs_dir>/<run>")
     runs_dir: ConfigPath = Path("runs")
+    ops: Literal["compiled", "reference"] = Field(
+        "compiled", description="bodies of the custom ops: the kernels where they are built, or their Python references"
+    )
     cluster: ClusterConfig = ClusterConfig()
     prepare: PrepareConfig | None = None
     clip: ClipConfig = ClipConfig()

@@ -28,7 +28,6 @@ from sorahpc import ops
 from sorahpc.config import Config, config_hash
 from sorahpc.data.mp4 import write_mp4
 from sorahpc.data.prompts import Prompt, read_prompts
-from sorahpc.diffusion.flow import noise
 from sorahpc.diffusion.sampler import euler, guided
 from sorahpc.distributed import megatron
 from sorahpc.distributed.checkpoint import MANIFEST, Meta, latest
@@ -111,7 +110,8 @@ def run(config: Config, task: Task) -> None:
             if task.stop_requested():
                 raise Stopped(f"sample: stopped on request with {done} of {total} samples of this task done")
             # The whole pack again, though only some are lacking: the pack is part of a sample's bits.
-            clips = make_pack(unit, models, config)
+            with ops.chosen(config.ops):
+                clips = make_pack(unit, models, config)
             for item, (frames, text_tokens) in zip(unit, clips, strict=True):
                 if item in lacking:
                     _write(folder, item, frames, text_tokens, unit, models, config, checkpoint)
@@ -129,6 +129,7 @@ def plan(config: Config, prompts: list[Prompt], checkpoint: Path) -> list[Item]:
         "steps": s.steps,
         "cfg_scale": s.cfg_scale,
         "t_shift": s.t_shift,
+        "ops": config.ops,
         # Names the weights, and through them the VAE and the text encoder; the path may change, the bytes may not.
         "checkpoint_manifest_sha256": _sha256(checkpoint / MANIFEST),
         "vae_dtype": config.vae.dtype,
@@ -177,7 +178,7 @@ def make_pack(unit: list[Item], models: Models, config: Config) -> list[tuple[np
     shapes = [models.vae.latent_shape(item.frames, item.height, item.width) for item in unit]  # [C,T,H,W] each
     channels, patch, device = models.meta.channels, models.patch, models.device
     grids = torch.tensor([[n // p for n, p in zip(shape[1:], patch, strict=True)] for shape in shapes])  # [S,3]
-    eps = [noise(item.seed, item.sample_id, 0, shape) for item, shape in zip(unit, shapes, strict=True)]
+    eps = [ops.noise(item.seed, item.sample_id, 0, shape) for item, shape in zip(unit, shapes, strict=True)]
     x = ops.patchify(torch.cat([e.flatten() for e in eps]).to(device), grids, channels, patch)  # [L,P]
     velocity = guided(
         models.model, grids, [e.to(device) for e in embeddings], empty.to(device), config.sample.cfg_scale

@@ -57,7 +57,8 @@ def run(config: Config, task: Task) -> None:
     cache = LatentCache(config.cache_dir)
     mesh = megatron.start(task.rank, task.world_size, task.local_rank, tp=train.tp, sp=train.sp)
     try:
-        _train(config, task, cache, mesh)
+        with ops.chosen(config.ops):
+            _train(config, task, cache, mesh)
     finally:
         megatron.stop()
 
@@ -239,23 +240,24 @@ def build_pack(
     assert config.model is not None and config.train is not None
     train, patch = config.train, config.model.patch
     mean, std = mean.view(-1, 1, 1, 1), std.view(-1, 1, 1, 1)
-    noisy, targets, ts, grids, texts = [], [], [], [], []
+    latents, ts, ids, grids, texts = [], [], [], [], []
     for index, visit in samples:
         latent, text = cache.read(index)
         sample_id = int(cache.ids[index])
         draw = flow.draw(train.seed, sample_id, visit, train)
-        x0 = (latent - mean) / std
-        x_t, velocity = flow.interpolate(x0, flow.noise(train.seed, sample_id, visit, tuple(x0.shape)), draw.t)
-        noisy.append(x_t.flatten())
-        targets.append(velocity.flatten())
+        latents.append(((latent - mean) / std).flatten())
         ts.append(draw.t)
-        grids.append([size // p for size, p in zip(x0.shape[1:], patch, strict=True)])
+        ids.append([sample_id, visit])
+        grids.append([size // p for size, p in zip(latent.shape[1:], patch, strict=True)])
         texts.append(cache.empty_text if draw.drop_text else text)
-    grid = torch.tensor(grids, dtype=torch.int64).view(-1, 3)
+    grid, t = torch.tensor(grids, dtype=torch.int64).view(-1, 3), torch.tensor(ts, dtype=torch.float32)
+    tokens, target = ops.flow_patchify(
+        torch.cat(latents).to(device), t, torch.tensor(ids).view(-1, 2), grid, cache.channels, patch, seed=train.seed
+    )
     return PackBatch(
-        tokens=ops.patchify(torch.cat(noisy).to(device), grid, cache.channels, patch),
-        target=ops.patchify(torch.cat(targets).to(device), grid, cache.channels, patch),
-        t=torch.tensor(ts, dtype=torch.float32, device=device),
+        tokens=tokens,
+        target=target,
+        t=t.to(device),
         grids=grid,
         text=torch.cat(texts).to(device),
         text_lens=[len(text) for text in texts],

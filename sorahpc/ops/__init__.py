@@ -1,6 +1,6 @@
 """Our operators: each with a float32-math reference here, and kernels in csrc/ where they are built."""
 
-from sorahpc.ops._library import backend, use_reference
+from sorahpc.ops._library import backend, chosen, use_reference
 from sorahpc.ops.embed import sincos3d, timestep_embedding
 from sorahpc.ops.flow_patchify import flow_patchify, noise
 from sorahpc.ops.modulate import gated_residual, modulate
@@ -11,6 +11,7 @@ from sorahpc.ops.stream_copy import stream_copy
 
 __all__ = [
     "backend",
+    "chosen",
     "flow_patchify",
     "gated_residual",
     "modulate",

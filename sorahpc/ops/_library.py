@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +96,11 @@ def use_reference() -> Iterator[None]:
         yield
     finally:
         _reference_wanted -= 1
+
+
+def chosen(name: str) -> AbstractContextManager[None]:
+    """`ops` of the configuration: "compiled" leaves to each op its best body, "reference" is `use_reference`."""
+    return use_reference() if name == "reference" else nullcontext()
 
 
 def build_info() -> dict[str, str] | None:
