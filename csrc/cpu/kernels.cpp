@@ -1,10 +1,12 @@
 // All CPU kernels, compiled once for each level of x86-64 (setup.py: SORAHPC_LEVEL and -march), once elsewhere.
 #include "kernels.h"
 
+#include "ada_norm.h"
 #include "patchify.h"
 #include "rope3d.h"
 
 #define SORAHPC_TABLE_OF(level) sorahpc_cpu_##level
 #define SORAHPC_TABLE(level) SORAHPC_TABLE_OF(level)
 
-extern "C" const sorahpc::CpuKernels SORAHPC_TABLE(SORAHPC_LEVEL) = {&patchify_row, &rope3d};
+extern "C" const sorahpc::CpuKernels SORAHPC_TABLE(SORAHPC_LEVEL) = {&patchify_row, &rope3d, &ada_norm,
+                                                                        &ada_norm_backward, &ada_norm_sums};

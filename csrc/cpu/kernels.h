@@ -1,6 +1,7 @@
 // The CPU kernels as ops/ calls them: one table of functions for each x86-64 level that they were compiled for.
 #pragma once
 
+#include "../ada_norm.h"
 #include "../pack.h"
 #include "../patchify.h"
 #include "../rope3d.h"
@@ -15,6 +16,12 @@ struct CpuKernels {
   // Tokens [begin, end) of op's, both of q and k. tables[axis]: see ops/rope3d.cpp.
   void (*rope3d)(const Rope3d* op, const void* const* tables, const Sample* samples, int64_t num_samples, int64_t begin,
                  int64_t end);
+  // Tokens [begin, end). scratch: 2 M numbers of what is computed in, this thread's own.
+  void (*ada_norm)(const AdaNorm* op, const Sample* samples, int64_t begin, int64_t end, void* scratch);
+  // Chunks [begin, end) of op->num_chunks().
+  void (*ada_norm_backward)(const AdaNorm* op, const Sample* samples, int64_t begin, int64_t end);
+  // Sums [begin, end) of the num_samples * kinds, once all chunks are done.
+  void (*ada_norm_sums)(const AdaNorm* op, const Sample* samples, int64_t begin, int64_t end);
 };
 
 }  // namespace sorahpc

@@ -2,18 +2,18 @@
 
 from sorahpc.ops._library import backend, use_reference
 from sorahpc.ops.embed import sincos3d, timestep_embedding
-from sorahpc.ops.modulate import gated_residual, modulate
+from sorahpc.ops.modulate import modulate, residual_norm
 from sorahpc.ops.pack import positions3d
 from sorahpc.ops.patchify import patchify, unpatchify
 from sorahpc.ops.rope import qk_norm_rope3d, rope3d
 
 __all__ = [
     "backend",
-    "gated_residual",
     "modulate",
     "patchify",
     "positions3d",
     "qk_norm_rope3d",
+    "residual_norm",
     "rope3d",
     "sincos3d",
     "timestep_embedding",
