@@ -1,6 +1,7 @@
 // All CPU kernels, compiled once for each level of x86-64 (setup.py: SORAHPC_LEVEL and -march), once elsewhere.
 #include "kernels.h"
 
+#include "ada_norm.h"
 #include "copy.h"
 #include "flow_patchify.h"
 #include "patchify.h"
@@ -10,4 +11,4 @@
 #define SORAHPC_TABLE(level) SORAHPC_TABLE_OF(level)
 
 extern "C" const sorahpc::CpuKernels SORAHPC_TABLE(SORAHPC_LEVEL) = {
-    &patchify_row, &rope3d, &stream_copy, &flow_patchify};
+    &patchify_row, &rope3d, &stream_copy, &flow_patchify, &ada_norm, &ada_norm_backward, &ada_norm_sums};

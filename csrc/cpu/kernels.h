@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../flow_patchify.h"
+#include "../ada_norm.h"
 #include "../pack.h"
 #include "../patchify.h"
 #include "../rope3d.h"
@@ -22,6 +23,12 @@ struct CpuKernels {
   // holds these tokens twice; null: written where they belong at once, through the caches.
   void (*flow_patchify)(const FlowPatchify* op, const Draw* draw, const Sample* sample, int64_t t, int64_t h0,
                         int64_t h1, const char* latent, char* tokens, char* target, char* scratch);
+  // Tokens [begin, end). scratch: 2 M numbers of what is computed in, this thread's own.
+  void (*ada_norm)(const AdaNorm* op, const Sample* samples, int64_t begin, int64_t end, void* scratch);
+  // Chunks [begin, end) of op->num_chunks().
+  void (*ada_norm_backward)(const AdaNorm* op, const Sample* samples, int64_t begin, int64_t end);
+  // Sums [begin, end) of the num_samples * kinds, once all chunks are done.
+  void (*ada_norm_sums)(const AdaNorm* op, const Sample* samples, int64_t begin, int64_t end);
 };
 
 }  // namespace sorahpc

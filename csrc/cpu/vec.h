@@ -220,6 +220,12 @@ SORAHPC_INLINE void in_vectors(int64_t n, F&& f, int64_t i = 0) {
     if (i < n) in_vectors<N / 2, LAST>(n, f, i);
 }
 
+// Asks for what will be read some iterations on, into the second cache: a loop of many loads and stores can't itself
+// look far enough ahead to keep memory busy.
+SORAHPC_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+
+SORAHPC_INLINE const void* ahead(const void* p) { return (const char*)p + 2048; }
+
 // Weakly ordered stores are done before another thread may look.
 SORAHPC_INLINE void stream_fence() {
 #if defined(__x86_64__)

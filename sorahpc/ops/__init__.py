@@ -3,7 +3,7 @@
 from sorahpc.ops._library import backend, chosen, use_reference
 from sorahpc.ops.embed import sincos3d, timestep_embedding
 from sorahpc.ops.flow_patchify import flow_patchify, noise
-from sorahpc.ops.modulate import gated_residual, modulate
+from sorahpc.ops.modulate import modulate, residual_norm
 from sorahpc.ops.pack import positions3d
 from sorahpc.ops.patchify import patchify, unpatchify
 from sorahpc.ops.rope import qk_norm_rope3d, rope3d
@@ -13,12 +13,12 @@ __all__ = [
     "backend",
     "chosen",
     "flow_patchify",
-    "gated_residual",
     "modulate",
     "noise",
     "patchify",
     "positions3d",
     "qk_norm_rope3d",
+    "residual_norm",
     "rope3d",
     "sincos3d",
     "stream_copy",

@@ -1,33 +1,223 @@
-"""Adaptive layer norm over a ragged pack: LayerNorm + scale/shift, and the gated residual (DiT's adaLN-Zero)."""
+"""Residual, layer norm and modulation of a ragged pack: adaLN-Zero of DiT (Peebles and Xie 2023, section 3.2).
+
+One shift, scale and gate vector a sample, never spread over its tokens. Math in float32 (float64 for float64).
+"""
 
 from __future__ import annotations
 
-import torch.nn.functional as F
+from typing import Any
+
+import torch
 from torch import Tensor
 
+from sorahpc.ops._library import define
+from sorahpc.ops.pack import DTYPES, check_lens
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor, lengths: Tensor, eps: float = 1e-6) -> Tensor:
-    """LayerNorm(x) * (1 + scale) + shift, with one (shift, scale) a sample; math in float32.
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, lens: Tensor, eps: float = 1e-6) -> Tensor:
+    """LayerNorm(x) * (1 + scale) + shift, the norm without weights of its own.
 
     Args:
-        x: [L, M] tokens of a pack.
-        shift, scale: [S, M].
-        lengths: int64 [S] on x's device: tokens of each sample in x, in order, summing to L; may be zero.
+        x: [L, M] tokens of a pack, M at least 1; float16, bfloat16, float32, or float64 on the CPU. Tokens may lie
+            anywhere; only M need be contiguous.
+        shift, scale: [S, M], a vector a sample, in x's dtype and on its device; chunks of [S, 6M] as they are.
+        lens: int64 CPU [S], tokens of each sample, in order, summing to L; may be zero.
+        eps: added to the variance.
 
     Returns:
-        [L, M] in x's dtype.
+        [L, M] in x's dtype, contiguous.
+
+    Raises:
+        ValueError: a dtype, device, shape or sum of lens that does not fit. Under ``torch.compile`` the values of
+            `lens` are checked when the graph runs, as RuntimeError.
     """
-    normed = F.layer_norm(x.float(), x.shape[-1:], eps=eps)
-    shift, scale = (v.float().repeat_interleave(lengths, 0, output_size=len(x)) for v in (shift, scale))
-    return (normed * (1 + scale) + shift).to(x.dtype)
+    _check("modulate", x, lens, eps, {}, {"shift": shift, "scale": scale})
+    out: tuple[Tensor, Tensor] = _ada_norm(x, None, None, shift, scale, lens, eps)
+    return out[1]
 
 
-def gated_residual(x: Tensor, branch: Tensor, gate: Tensor, lengths: Tensor) -> Tensor:
-    """x + gate * branch, with one gate a sample.
+def residual_norm(
+    x: Tensor,
+    branch: Tensor,
+    lens: Tensor,
+    gate: Tensor | None = None,
+    shift: Tensor | None = None,
+    scale: Tensor | None = None,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    """sum = x + gate * branch, and LayerNorm(sum) * (1 + scale) + shift: the seam of two blocks in one pass.
+
+    Arguments and errors are those of `modulate`, and
 
     Args:
-        x, branch: [L, M].
-        gate: [S, M].
-        lengths: int64 [S] as in `modulate`.
+        branch: [L, M], what a block adds to x.
+        gate: [S, M]; None: 1.
+        shift, scale: None, both: the plain norm.
+
+    Returns:
+        (sum, normed), [L, M] each. The norm is of the sum as it is returned, rounded to x's dtype.
     """
-    return x + gate.repeat_interleave(lengths, 0, output_size=len(x)).to(x.dtype) * branch
+    if (shift is None) != (scale is None):
+        raise ValueError(
+            f"residual_norm: shift is {_found(shift)}, scale is {_found(scale)}; expected both tensors or both None"
+        )
+    vectors = {"gate": gate, "shift": shift, "scale": scale}
+    given = {name: v for name, v in vectors.items() if v is not None}
+    _check("residual_norm", x, lens, eps, {"branch": branch}, given)
+    out: tuple[Tensor, Tensor] = _ada_norm(x, branch, gate, shift, scale, lens, eps)
+    return out
+
+
+def _found(x: Tensor | None) -> str:
+    return "None" if x is None else f"{x.dtype} {list(x.shape)} on {x.device}"
+
+
+def _check(op: str, x: Tensor, lens: Tensor, eps: float, tokens: dict[str, Tensor], vectors: dict[str, Tensor]) -> None:
+    if x.dtype not in DTYPES:
+        raise ValueError(f"{op}: x is {x.dtype}, expected one of {', '.join(map(str, DTYPES))}")
+    if x.dtype is torch.float64 and x.device.type != "cpu":
+        raise ValueError(f"{op}: x is float64 on {x.device}, which is for the CPU alone")
+    if x.dim() != 2 or x.shape[1] < 1:
+        raise ValueError(f"{op}: x has shape {list(x.shape)}, expected [L, M], M at least 1")
+    if not eps >= 0:
+        raise ValueError(f"{op}: eps {eps}, expected at least 0")
+    check_lens(op, lens, x.shape[0])
+    for rows, group in ((x.shape[0], tokens), (lens.shape[0], vectors)):
+        for name, v in group.items():
+            if v.dim() != 2 or v.shape[0] != rows or v.shape[1] != x.shape[1] or v.dtype != x.dtype:
+                raise ValueError(f"{op}: {name} is {_found(v)}, expected {x.dtype} [{rows}, {x.shape[1]}]")
+            if v.device != x.device:
+                raise ValueError(f"{op}: {name} is {_found(v)}, expected it on {x.device}, as x")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The reference
+
+
+def _over_tokens(v_SM: Tensor, lens: Tensor, like: Tensor) -> Tensor:
+    return v_SM.to(like.dtype).repeat_interleave(lens.to(like.device), 0, output_size=len(like))
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype is torch.float64 else x.float()
+
+
+def _reference(
+    x: Tensor,
+    branch: Tensor | None,
+    gate: Tensor | None,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    lens: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    _check_sum("ada_norm", lens, len(x))
+    total, summed = _wide(x), x.new_empty(0)
+    if branch is not None:
+        wide = _wide(branch)
+        summed = (total + (wide if gate is None else _over_tokens(gate, lens, wide) * wide)).to(x.dtype).contiguous()
+        total = _wide(summed)
+    y = torch.nn.functional.layer_norm(total, total.shape[-1:], eps=eps)
+    if scale is not None and shift is not None:
+        y = y * (1 + _over_tokens(scale, lens, y)) + _over_tokens(shift, lens, y)
+    return summed, y.to(x.dtype).contiguous()
+
+
+def _backward_reference(
+    dsum: Tensor | None,
+    dy: Tensor,
+    sum: Tensor,
+    branch: Tensor | None,
+    gate: Tensor | None,
+    scale: Tensor | None,
+    lens: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    _check_sum("ada_norm_backward", lens, len(sum))
+    x, g = _wide(sum), _wide(dy)
+    sample = torch.arange(len(lens)).repeat_interleave(lens).to(x.device)
+
+    def a_sample(v_LM: Tensor) -> Tensor:
+        return v_LM.new_zeros(len(lens), v_LM.shape[1]).index_add_(0, sample, v_LM).to(sum.dtype)
+
+    off = x - x.mean(-1, keepdim=True)
+    r = torch.rsqrt(off.square().mean(-1, keepdim=True) + eps)
+    normed = off * r
+    dbranch = dgate = dshift = dscale = sum.new_empty(0)
+    if scale is not None:
+        dshift, dscale = a_sample(g), a_sample(g * normed)
+        g = g * (1 + _over_tokens(scale, lens, g))
+    dx = r * (g - g.mean(-1, keepdim=True) - normed * (g * normed).mean(-1, keepdim=True))
+    if dsum is not None:
+        dx = dx + _wide(dsum)
+    if branch is not None and gate is not None:
+        dgate = a_sample(dx * _wide(branch))
+        dbranch = (dx * _over_tokens(gate, lens, dx)).to(sum.dtype).contiguous()
+    out = (dx.to(sum.dtype).contiguous(), dbranch, dgate, dshift, dscale)
+    # An op's results may not share memory: each that is not wanted is an empty of its own.
+    return tuple(v if v.dim() == 2 else sum.new_empty(0) for v in out)  # type: ignore[return-value]
+
+
+def _check_sum(op: str, lens: Tensor, num_tokens: int) -> None:
+    """As in the compiled body: what is called without our checks is told."""
+    values = lens.tolist()
+    if min(values, default=0) < 0 or sum(values) != num_tokens:
+        raise ValueError(f"{op}: lens have {sum(values)} tokens, the input has {num_tokens}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The ops
+
+
+def _fake(x: Tensor, branch: Tensor | None, *_: Any) -> tuple[Tensor, Tensor]:
+    return x.new_empty(0 if branch is None else x.shape), x.new_empty(x.shape)
+
+
+def _backward_fake(
+    dsum: Tensor | None,
+    dy: Tensor,
+    sum: Tensor,
+    branch: Tensor | None,
+    gate: Tensor | None,
+    scale: Tensor | None,
+    *_: Any,
+) -> tuple[Tensor, ...]:
+    wanted = (sum, branch, gate, scale, scale)
+    return tuple(sum.new_empty(0 if v is None else v.shape) for v in wanted)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, branch, gate, _, scale, lens, ctx.eps = inputs
+    ctx.set_materialize_grads(False)  # no zeros for a sum that nobody reads, as of the last block
+    ctx.has_branch = branch is not None
+    # Of branch's gradient only a gate needs the branch.
+    ctx.save_for_backward(output[0] if ctx.has_branch else x, None if gate is None else branch, gate, scale, lens)
+
+
+def _backward(ctx: Any, dsum: Tensor | None, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+    *saved, lens = ctx.saved_tensors
+    total, _, gate, scale = saved
+    dx, dbranch, dgate, dshift, dscale = _ada_norm_backward(
+        dsum if ctx.has_branch else None, torch.zeros_like(total) if dy is None else dy, *saved, lens, ctx.eps
+    )
+    if gate is None:
+        dbranch, dgate = (dx if ctx.has_branch else None), None
+    if scale is None:
+        dshift = dscale = None
+    return dx, dbranch, dgate, dshift, dscale, None, None
+
+
+_ada_norm_backward = define(
+    "ada_norm_backward(Tensor? dsum, Tensor dy, Tensor sum, Tensor? branch, Tensor? gate, Tensor? scale, "
+    "Tensor lens, float eps) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    reference=_backward_reference,
+    fake=_backward_fake,
+)
+_ada_norm = define(
+    "ada_norm(Tensor x, Tensor? branch, Tensor? gate, Tensor? shift, Tensor? scale, Tensor lens, float eps)"
+    " -> (Tensor, Tensor)",
+    reference=_reference,
+    fake=_fake,
+    setup_context=_save,
+    backward=_backward,
+)

@@ -40,3 +40,17 @@ def check_grids(op: str, grids: Tensor, num_tokens: int, first: int | None = Non
         raise ValueError(f"{op}: grids have {total} tokens, the input has {num_tokens}")
     if first is not None and total < first + num_tokens:
         raise ValueError(f"{op}: grids have {total} tokens, expected {first} + {num_tokens} at least")
+
+
+def check_lens(op: str, lens: Tensor, num_tokens: int) -> None:
+    """Raise ValueError unless `lens` is int64 CPU [S] of counts >= 0 that sum to `num_tokens`."""
+    if lens.dtype != torch.int64 or lens.device.type != "cpu" or lens.dim() != 1:
+        found = f"{lens.dtype} on {lens.device} of shape {tuple(lens.shape)}"
+        raise ValueError(f"{op}: lens is {found}, expected int64 on cpu [S]")
+    if torch.compiler.is_compiling():  # a graph can't look at values; the body does, when it runs
+        return
+    values = lens.tolist()
+    if min(values, default=0) < 0:
+        raise ValueError(f"{op}: lens has {min(values)}, expected counts of at least 0")
+    if sum(values) != num_tokens:
+        raise ValueError(f"{op}: lens have {sum(values)} tokens, the input has {num_tokens}")

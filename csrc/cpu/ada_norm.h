@@ -1,0 +1,280 @@
+// ada_norm on CPU: a row comes from memory once, then stays in the first caches for the passes that mean, variance and
+// result take over it.
+#pragma once
+
+#include "../ada_norm.h"
+#include "vec.h"
+
+namespace {
+
+using sorahpc::AdaNorm;
+using sorahpc::Rows;
+using sorahpc::Sample;
+
+template <typename T>
+SORAHPC_INLINE const T* row_of(const Rows& rows, int64_t i) {
+  return rows.p == nullptr ? nullptr : (const T*)rows.p + i * rows.stride;
+}
+
+// What at(width, i) gives, added up over [0, n); in four sums, so that an addition needn't wait for the one before. They
+// are this function's own: a vector that a lambda adds to lives in memory.
+template <typename C, typename F>
+SORAHPC_INLINE C total(int64_t n, F&& at) {
+  constexpr int N = LANES<C>;
+  Vec<C, N> a{}, b{}, c{}, d{};
+  int64_t i = 0;
+  for (; i + 4 * N <= n; i += 4 * N) {
+    a += at(width<N>{}, i);
+    b += at(width<N>{}, i + N);
+    c += at(width<N>{}, i + 2 * N);
+    d += at(width<N>{}, i + 3 * N);
+  }
+  for (; i + N <= n; i += N) a += at(width<N>{}, i);
+  C rest = 0;
+  for (; i < n; ++i) rest += at(width<1>{}, i)[0];
+  return sum<C, N>((a + b) + (c + d)) + rest;
+}
+
+// Stores v and gives it back as it was stored.
+template <bool STREAM, int N, typename T, typename V>
+SORAHPC_INLINE V store_rounded(T* p, V v) {
+  struct {
+    T x[N];
+  } rounded;
+  store<false, N>(rounded.x, v);
+  put<STREAM>(p, bits_as<Vec<char, N * sizeof(T)>>(rounded));
+  return load<N>(rounded.x);
+}
+
+// 1 / sqrt(mean square of (x - mean) + eps)
+template <typename C, typename T>
+SORAHPC_INLINE C inverse_deviation(const T* x, int64_t M, C mean, double eps) {
+  const C squares = total<C>(M, [&](auto w, int64_t i) __attribute__((always_inline)) {
+    const auto off = load<decltype(w)::value>(x + i) - mean;
+    return off * off;
+  });
+  const C v = squares / C(M) + C(eps);
+  return C(1) / C(sizeof(C) == 8 ? __builtin_sqrt(v) : __builtin_sqrtf(v));
+}
+
+// Tokens [begin, end). A row's result and the next row's sum are one loop, so that memory has reads and writes to do in
+// the same breath; in loops of their own it would wait for the arithmetic of each in turn (half as slow again).
+// scratch: two rows.
+template <typename T, bool STREAM, bool BRANCH, bool GATED, bool MODULATED>
+void ada_norm_tokens(const AdaNorm& op, const Sample* samples, int64_t begin, int64_t end, void* scratch) {
+  using C = typename Compute<T>::type;
+  const int64_t M = op.M;
+  C *now = (C*)scratch, *next = now + M;
+  // Gives a function for numbers of a row's sum, rounded as stored, into `to`. Pointers are its own: what is stored might
+  // be op's, to a compiler, and would be loaded again for each vector.
+  const auto taker = [&op, M](int64_t token, int64_t s, C* to) __attribute__((always_inline)) {
+    return [x = row_of<T>(op.x, token), branch = row_of<T>(op.branch, token), gate = row_of<T>(op.gate, s),
+            out = (T*)op.sum + token * M, to](auto w, int64_t i) __attribute__((always_inline)) {
+      constexpr int N = decltype(w)::value;
+      prefetch(ahead(x + i));
+      Vec<C, N> v = load<N>(x + i);
+      if constexpr (BRANCH) {
+        prefetch(ahead(branch + i));
+        Vec<C, N> b = load<N>(branch + i);
+        if constexpr (GATED) b *= load<N>(gate + i);
+        v = store_rounded<STREAM, N>(out + i, v + b);
+      }
+      store<false, N>(to + i, v);
+      return v;
+    };
+  };
+  int64_t s = find_sample(samples, op.num_samples, begin);
+  C all = total<C>(M, taker(begin, s, now));
+  for (int64_t token = begin; token < end; ++token) {
+    const C mean = all / C(M), r = inverse_deviation<C>(now, M, mean, op.eps);
+    const auto give = [mean, r, now, shift = row_of<T>(op.shift, s), scale = row_of<T>(op.scale, s),
+                       y = (T*)op.y + token * M](auto w, int64_t i) __attribute__((always_inline)) {
+      constexpr int N = decltype(w)::value;
+      Vec<C, N> v = (load<N>(now + i) - mean) * r;
+      if constexpr (MODULATED) v = v * (load<N>(scale + i) + C(1)) + load<N>(shift + i);
+      store<STREAM, N>(y + i, v);
+    };
+    if (token + 1 == end) {
+      in_vectors<LANES<C>>(M, give);
+      break;
+    }
+    while (token + 1 >= samples[s + 1].first_token) ++s;
+    const auto take = taker(token + 1, s, next);
+    all = total<C>(M, [give, take](auto w, int64_t i) __attribute__((always_inline)) {
+      give(w, i);
+      return take(w, i);
+    });
+    C* const taken = next;
+    next = now, now = taken;
+  }
+  if (STREAM) stream_fence();
+}
+
+// With n = (sum - mean) r and g = dy (1 + scale):
+//   dx = r (g - mean(g) - n mean(g n)) + dsum    dbranch = gate dx
+//   dgate += branch dx    dshift += dy    dscale += dy n
+// A row's last loop is the next row's first, as in the forward pass: `all` is the sum of x, and returned that of the next.
+template <typename T, bool STREAM, bool GATED, bool MODULATED>
+SORAHPC_INLINE typename Compute<T>::type ada_norm_backward_row(
+    const AdaNorm& op, int64_t token, typename Compute<T>::type all, const T* next, const T* gate, const T* scale,
+    typename Compute<T>::type* dgate, typename Compute<T>::type* dshift, typename Compute<T>::type* dscale) {
+  using C = typename Compute<T>::type;
+  const int64_t M = op.M;
+  const T* x = row_of<T>(op.x, token);
+  const T* dy = row_of<T>(op.dy, token);
+  const T* dsum = row_of<T>(op.dsum, token);
+  const T* branch = row_of<T>(op.branch, token);
+  T* dx = (T*)op.dx + token * M;
+  T* dbranch = (T*)op.dbranch + token * M;
+  const T* next_dy = dy + op.dy.stride;
+  const C mean = all / C(M), r = inverse_deviation<C>(x, M, mean, op.eps);
+
+  // Two sums at once, each in two.
+  constexpr int N = LANES<C>;
+  Vec<C, N> g0{}, g1{}, gn0{}, gn1{};
+  C g_rest = 0, gn_rest = 0;
+  const auto add = [&](auto w, int64_t i, auto g_sum, auto gn_sum) __attribute__((always_inline)) {
+    constexpr int N = decltype(w)::value;
+    const Vec<C, N> n = (load<N>(x + i) - mean) * r;
+    Vec<C, N> g = load<N>(dy + i);
+    if constexpr (MODULATED) {
+      store<false, N>(dshift + i, load<N>(dshift + i) + g);
+      store<false, N>(dscale + i, load<N>(dscale + i) + g * n);
+      g *= load<N>(scale + i) + C(1);
+    }
+    struct {
+      Vec<C, N> g, gn;
+    } sums{g_sum + g, gn_sum + g * n};
+    return sums;
+  };
+  int64_t i = 0;
+  for (; i + 2 * N <= M; i += 2 * N) {
+    const auto even = add(width<N>{}, i, g0, gn0), odd = add(width<N>{}, i + N, g1, gn1);
+    g0 = even.g, gn0 = even.gn, g1 = odd.g, gn1 = odd.gn;
+  }
+  for (; i < M; ++i) {
+    const auto one = add(width<1>{}, i, splat<C, 1>(g_rest), splat<C, 1>(gn_rest));
+    g_rest = one.g[0], gn_rest = one.gn[0];
+  }
+  const C g_mean = (sum<C, N>(g0 + g1) + g_rest) / C(M), gn_mean = (sum<C, N>(gn0 + gn1) + gn_rest) / C(M);
+
+  return total<C>(M, [&](auto w, int64_t i) __attribute__((always_inline)) {
+    constexpr int N = decltype(w)::value;
+    const Vec<C, N> n = (load<N>(x + i) - mean) * r;
+    Vec<C, N> g = load<N>(dy + i);
+    if constexpr (MODULATED) g *= load<N>(scale + i) + C(1);
+    Vec<C, N> d = (g - g_mean - n * gn_mean) * r;
+    if (dsum != nullptr) {
+      prefetch(ahead(dsum + i));
+      d += load<N>(dsum + i);
+    }
+    store<STREAM, N>(dx + i, d);
+    if constexpr (GATED) {
+      prefetch(ahead(branch + i));
+      store<STREAM, N>(dbranch + i, d * load<N>(gate + i));
+      store<false, N>(dgate + i, load<N>(dgate + i) + d * load<N>(branch + i));
+    }
+    prefetch(next_dy + i);
+    prefetch(ahead(next + i));
+    return load<N>(next + i);
+  });
+}
+
+template <typename T, bool STREAM, bool GATED, bool MODULATED>
+void ada_norm_backward_chunks(const AdaNorm& op, const Sample* samples, int64_t begin, int64_t end) {
+  using C = typename Compute<T>::type;
+  const int64_t M = op.M;
+  for (int64_t id = begin; id < end; ++id) {
+    int64_t token, last;
+    const int64_t s = op.tokens_of_chunk(samples, id, &token, &last);
+    if (token >= last) continue;
+    const int64_t kinds = op.kinds();
+    C* partial = (C*)op.partials + id * kinds * M;
+    if (kinds > 0) std::memset(partial, 0, kinds * M * sizeof(C));
+    C* dshift = partial + (GATED ? M : 0);
+    const T *gate = row_of<T>(op.gate, s), *scale = row_of<T>(op.scale, s);
+    const T* x = row_of<T>(op.x, token);
+    C all = total<C>(M, [&](auto w, int64_t i) __attribute__((always_inline)) {
+      return load<decltype(w)::value>(x + i);
+    });
+    for (; token < last; ++token) {
+      const T* next = row_of<T>(op.x, token + 1 < last ? token + 1 : token);
+      all = ada_norm_backward_row<T, STREAM, GATED, MODULATED>(op, token, all, next, gate, scale, partial, dshift,
+                                                               dshift + M);
+    }
+  }
+  if (STREAM) stream_fence();
+}
+
+// Sums [begin, end) of the num_samples * kinds, each over a sample's chunks.
+template <typename T>
+void ada_norm_sums_typed(const AdaNorm& op, const Sample* samples, int64_t begin, int64_t end) {
+  using C = typename Compute<T>::type;
+  const int64_t kinds = op.kinds(), M = op.M;
+  for (int64_t row = begin; row < end; ++row) {
+    const int64_t s = row / kinds, kind = row % kinds;
+    const int64_t tokens = samples[s + 1].first_token - samples[s].first_token;
+    const int64_t chunks = (tokens + op.chunk - 1) / op.chunk;
+    const C* first = (const C*)op.partials + (op.first_chunk(samples, s) * kinds + kind) * M;
+    T* out = (T*)op.sum_of(int(kind)) + s * M;
+    in_vectors<LANES<C>>(M, [&](auto w, int64_t i) __attribute__((always_inline)) {
+      constexpr int N = decltype(w)::value;
+      Vec<C, N> all{};
+      for (int64_t j = 0; j < chunks; ++j) all += load<N>(first + j * kinds * M + i);
+      store<false, N>(out + i, all);
+    });
+  }
+}
+
+template <typename T, bool STREAM>
+void ada_norm_typed(const AdaNorm& op, const Sample* samples, int64_t begin, int64_t end, void* scratch) {
+  const auto run = [&](auto branch, auto gated) {
+    constexpr bool B = decltype(branch)::value, G = decltype(gated)::value;
+    return op.scale.p != nullptr ? ada_norm_tokens<T, STREAM, B, G, true>(op, samples, begin, end, scratch)
+                                 : ada_norm_tokens<T, STREAM, B, G, false>(op, samples, begin, end, scratch);
+  };
+  if (op.gate.p != nullptr) return run(width<1>{}, width<1>{});
+  return op.branch.p != nullptr ? run(width<1>{}, width<0>{}) : run(width<0>{}, width<0>{});
+}
+
+template <typename T, bool STREAM>
+void ada_norm_backward_typed(const AdaNorm& op, const Sample* samples, int64_t begin, int64_t end) {
+  if (op.gate.p != nullptr)
+    return op.scale.p != nullptr ? ada_norm_backward_chunks<T, STREAM, true, true>(op, samples, begin, end)
+                                 : ada_norm_backward_chunks<T, STREAM, true, false>(op, samples, begin, end);
+  return op.scale.p != nullptr ? ada_norm_backward_chunks<T, STREAM, false, true>(op, samples, begin, end)
+                               : ada_norm_backward_chunks<T, STREAM, false, false>(op, samples, begin, end);
+}
+
+// f(a number of the dtype)
+template <typename F>
+void with_number(Dtype dtype, F&& f) {
+  switch (dtype) {
+    case Dtype::f16: return f(half_t{});
+    case Dtype::bf16: return f(bf16_t{});
+    case Dtype::f32: return f(float{});
+    case Dtype::f64: return f(double{});
+  }
+}
+
+void ada_norm(const AdaNorm* op, const Sample* samples, int64_t begin, int64_t end, void* scratch) {
+  with_number(op->dtype, [&](auto x) {
+    using T = decltype(x);
+    return op->stream ? ada_norm_typed<T, true>(*op, samples, begin, end, scratch)
+                      : ada_norm_typed<T, false>(*op, samples, begin, end, scratch);
+  });
+}
+
+void ada_norm_backward(const AdaNorm* op, const Sample* samples, int64_t begin, int64_t end) {
+  with_number(op->dtype, [&](auto x) {
+    using T = decltype(x);
+    return op->stream ? ada_norm_backward_typed<T, true>(*op, samples, begin, end)
+                      : ada_norm_backward_typed<T, false>(*op, samples, begin, end);
+  });
+}
+
+void ada_norm_sums(const AdaNorm* op, const Sample* samples, int64_t begin, int64_t end) {
+  with_number(op->dtype, [&](auto x) { return ada_norm_sums_typed<decltype(x)>(*op, samples, begin, end); });
+}
+
+}  // namespace
