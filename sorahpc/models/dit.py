@@ -35,7 +35,7 @@ class Attention(nn.Module):
 
     def __init__(self, model: ModelConfig, config: object, mesh: Mesh, *, cross: bool) -> None:
         super().__init__()
-        self.cross, self.head_dim = cross, model.head_dim
+        self.cross, self.head_dim, self.eps = cross, model.head_dim, model.norm_eps
         if cross:
             self.linear_q = megatron.column_linear(config, mesh, model.dim, model.dim)
             self.linear_kv = megatron.column_linear(
@@ -57,9 +57,11 @@ class Attention(nn.Module):
             k, v = self.linear_kv(text)[0].unflatten(-1, (-1, 2, self.head_dim)).unbind(2)  # [Lt, n, D]
         else:
             q, k, v = self.linear_qkv(x)[0].unflatten(-1, (-1, 3, self.head_dim)).unbind(2)  # [L, n, D]
-        q, k = self.q_layernorm(q), self.k_layernorm(k)
-        if not self.cross and pack.rope is not None:
-            q, k = ops.rope3d(q, k, pack.grids, *pack.rope)
+        q_norm, k_norm = self.q_layernorm, self.k_layernorm
+        if self.cross or pack.rope is None:
+            q, k = q_norm(q), k_norm(k)
+        else:
+            q, k = ops.qk_norm_rope3d(q, k, q_norm.weight, k_norm.weight, pack.grids, *pack.rope, eps=self.eps)
         out = pack_attention(q, k, v, pack.lens, pack.text_lens if self.cross else pack.lens)  # [L, n, D]
         return self.linear_proj(out.flatten(1))[0]
 
@@ -86,30 +88,39 @@ class Block(nn.Module):
         self.mlp = Mlp(model, config, mesh)
         self.ada_ln = megatron.replicated(_zeroed(nn.Linear(model.dim, 6 * model.dim)), mesh)
 
-    def forward(self, x: Tensor, c: Tensor, text: Tensor, pack: Pack) -> Tensor:
-        """x [l, M], c [S, M] activated condition, text [Lt, M] -> [l, M]."""
+    def forward(
+        self, x: Tensor, branch: Tensor | None, gate: Tensor | None, c: Tensor, text: Tensor, pack: Pack
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x [l, M], the last block's branch [l, M] and its gate [S, M], c [S, M] activated condition, text [Lt, M].
+
+        Each residual is added by whoever normalises next, in one pass over memory in place of two, so what this block
+        adds last is handed on: returns x, branch, gate.
+        """
         shift1, scale1, gate1, shift2, scale2, gate2 = self.ada_ln(c).chunk(6, dim=-1)  # [S, M] each
-        branch = self.self_attention(ops.modulate(x, shift1, scale1, pack.local_lens, self.eps), pack)
-        x = ops.gated_residual(x, branch, gate1, pack.local_lens)
-        x = x + self.cross_attention(F.layer_norm(x, x.shape[-1:], eps=self.eps), pack, text)
-        branch = self.mlp(ops.modulate(x, shift2, scale2, pack.local_lens, self.eps))
-        return ops.gated_residual(x, branch, gate2, pack.local_lens)
+        lens, eps = pack.local_lens, self.eps
+        if branch is None:
+            normed = ops.modulate(x, shift1, scale1, lens, eps)
+        else:
+            x, normed = ops.residual_norm(x, branch, lens, gate, shift1, scale1, eps)
+        x, normed = ops.residual_norm(x, self.self_attention(normed, pack), lens, gate1, eps=eps)
+        x, normed = ops.residual_norm(x, self.cross_attention(normed, pack, text), lens, None, shift2, scale2, eps)
+        return x, self.mlp(normed), gate2
 
 
 class Pack:
     """Lengths and grids of a pack as the layers need them; built once a forward pass."""
 
-    def __init__(
-        self, grids: Tensor, text_lens: list[int], model: ModelConfig, mesh: Mesh, device: torch.device
-    ) -> None:
+    def __init__(self, grids: Tensor, text_lens: list[int], model: ModelConfig, mesh: Mesh) -> None:
         self.grids, self.text_lens = grids, text_lens
         self.lens: list[int] = grids.prod(-1).tolist()
         self.rope = (model.rope_axes, model.theta) if model.position != "sincos3d" else None
         starts = torch.cumsum(torch.tensor([0, *self.lens]), 0)
-        if mesh.sp:  # this rank's part of each sample; zero for most
+        self.first = 0  # of this rank's tokens
+        if mesh.sp:  # its part of each sample; zero for most
             share = int(starts[-1]) // mesh.tp_size
-            starts = (starts - mesh.tp_rank * share).clamp(0, share)
-        self.local_lens = starts.diff().to(device)
+            self.first = mesh.tp_rank * share
+            starts = (starts - self.first).clamp(0, share)
+        self.local_lens = starts.diff()
 
 
 class DiT(nn.Module):
@@ -175,7 +186,7 @@ class DiT(nn.Module):
             tokens = F.pad(tokens, (0, 0, 0, short))
             t, text, text_lens = F.pad(t, (0, 1)), F.pad(text, (0, 0, 0, 1)), [*text_lens, 1]
             grids = torch.cat((grids, torch.tensor([[1, 1, short]])))
-        pack = Pack(grids, text_lens, self.model, self.mesh, tokens.device)
+        pack = Pack(grids, text_lens, self.model, self.mesh)
 
         x = self.x_embed(megatron.local_tokens(tokens.to(self.dtype), self.mesh))  # [l, M]
         if self.model.position != "rope3d":
@@ -183,10 +194,13 @@ class DiT(nn.Module):
             x = x + megatron.local_tokens(positions, self.mesh)
         c = F.silu(self.t_embed(ops.timestep_embedding(t, TIMESTEP_DIM).to(self.dtype)))  # [S, M]
         text = self.text_embed(self.text_norm(text.to(self.dtype)))  # [Lt, M]
+        branch, gate = None, None
         for block in self.blocks:
-            x = block(x, c, text, pack)
+            x, branch, gate = block(x, branch, gate, c, text, pack)
         shift, scale = self.final_ada_ln(c).chunk(2, dim=-1)
-        x = self.final(ops.modulate(x, shift, scale, pack.local_lens, self.model.norm_eps))  # [l, P]
+        assert branch is not None
+        _, x = ops.residual_norm(x, branch, pack.local_lens, gate, shift, scale, self.model.norm_eps)
+        x = self.final(x)  # [l, P]
         return megatron.gather_tokens(x.float(), self.mesh)[:length]
 
 

@@ -10,14 +10,20 @@ ours, and the formulas that people train with, eager and through torch.compile, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from sorahpc.ops.embed import add_sincos3d, sincos3d
+from sorahpc.ops.flow_patchify import flow_patchify
+from sorahpc.ops.modulate import residual_norm
 from sorahpc.ops.pack import positions3d
+from sorahpc.ops.patchify import patchify, unpatchify
 from sorahpc.ops.rope import qk_norm_rope3d, rope3d
 
 AXES, THETA = (44, 42, 42), 1e4
@@ -161,9 +167,180 @@ def qk_norm_case(num_tokens: int, heads: int, dtype: torch.dtype, device: torch.
     )
 
 
+def residual_norm_case(num_tokens: int, heads: int, dtype: torch.dtype, device: torch.device) -> Case:
+    grids = pack_grids(num_tokens)
+    lens = grids.prod(-1)
+    length, dim = int(lens.sum()), heads * sum(AXES)
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=device).to(dtype)
+
+    x, branch = normal(length, dim).requires_grad_(), normal(length, dim).requires_grad_()
+    gate, shift, scale = (normal(len(lens), dim).requires_grad_() for _ in range(3))
+    inputs, grads = (x, branch, gate, shift, scale), (normal(length, dim), normal(length, dim))
+    sample = torch.repeat_interleave(lens).to(device)
+    lens_there = lens.to(device)
+
+    def finish(x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """All of [L, M]."""
+        total = x + gate * branch
+        normed = F.layer_norm(total.float(), (dim,), eps=1e-6)
+        return total, (normed * (1 + scale.float()) + shift.float()).to(x.dtype)
+
+    def by_index(x: Tensor, branch: Tensor, *vectors: Tensor) -> tuple[Tensor, Tensor]:
+        return finish(x, branch, *(v[sample] for v in vectors))
+
+    def by_repeat(x: Tensor, branch: Tensor, *vectors: Tensor) -> tuple[Tensor, Tensor]:
+        return finish(x, branch, *(v.repeat_interleave(lens_there, 0, output_size=length) for v in vectors))
+
+    def ours(x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        return residual_norm(x, branch, lens, gate, shift, scale)
+
+    def step(forward: Callable[..., tuple[Tensor, Tensor]]) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(forward(*inputs), inputs, grads)
+
+    forwards: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
+        OURS: ours,
+        "eager repeat": by_repeat,
+        "compile repeat": torch.compile(by_repeat, dynamic=False),
+        "compile index": torch.compile(by_index, dynamic=False),
+    }
+    calls = {name: partial(step, forward) for name, forward in forwards.items()}
+    return Case(
+        name="K3 gated residual + norm + modulate forward + backward",
+        what="residual_norm",
+        dtype=dtype,
+        shape=f"L={length} M={dim} S={len(lens)}",
+        bytes=(4 + 6) * x.nbytes,
+        calls=dict(calls),
+        tolerance=3e-2 if dtype.itemsize == 2 else 1e-4,
+        results={name: partial(_first, call) for name, call in calls.items()},
+    )
+
+
+PATCH = (1, 2, 2)
+
+
+def _clips(num_tokens: int, channels: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Grids and flat latents."""
+    grids = pack_grids(num_tokens)
+    numel = int(grids.prod(-1).sum()) * channels * PATCH[0] * PATCH[1] * PATCH[2]
+    return grids, torch.randn(numel, generator=torch.Generator(device).manual_seed(0), device=device).to(dtype)
+
+
+def _split_clips(latents: Tensor, grids: Tensor, channels: int) -> list[Tensor]:
+    shapes = [(channels, *(int(n) * p for n, p in zip(grid, PATCH, strict=True))) for grid in grids]
+    return [x.view(shape) for x, shape in zip(latents.split([math.prod(s) for s in shapes]), shapes, strict=True)]
+
+
+def _cut(z: Tensor) -> Tensor:
+    """A latent [C, T, H, W] to tokens, as by reshape and permute."""
+    c, t, h, w = z.shape
+    pt, ph, pw = PATCH
+    cut = z.view(c, t // pt, pt, h // ph, ph, w // pw, pw).permute(1, 3, 5, 0, 2, 4, 6)
+    return cut.reshape(-1, c * pt * ph * pw)
+
+
+def patchify_case(num_tokens: int, heads: int, dtype: torch.dtype, device: torch.device) -> Case:
+    channels = 16
+    grids, latents = _clips(num_tokens * heads * 2, channels, dtype, device)  # so that they too are 200 MB and more
+
+    def by_permute(latents: Tensor) -> Tensor:
+        return torch.cat([_cut(z) for z in _split_clips(latents, grids, channels)])
+
+    calls: dict[str, Callable[[], Tensor]] = {
+        OURS: partial(patchify, latents, grids, channels, PATCH),
+        "eager permute": partial(by_permute, latents),
+        "compile permute": partial(torch.compile(by_permute, dynamic=False), latents),
+    }
+    return Case(
+        name="K4 patchify",
+        what="patchify",
+        dtype=dtype,
+        shape=f"C={channels} patch={PATCH} S={len(grids)} L={int(grids.prod(-1).sum())}",
+        bytes=2 * latents.nbytes,
+        calls=dict(calls),
+        tolerance=0.0,
+        results=dict(calls),
+    )
+
+
+def flow_patchify_case(num_tokens: int, heads: int, dtype: torch.dtype, device: torch.device) -> Case:
+    channels = 16
+    grids, latents = _clips(num_tokens * heads // 2, channels, dtype, device)
+    t = torch.linspace(0.1, 0.9, len(grids))
+    ids = torch.stack((torch.arange(len(grids)), torch.zeros(len(grids), dtype=torch.int64)), 1)
+
+    def chain(eps: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        tokens, targets = [], []
+        drawn = None if eps is None else _split_clips(eps, grids, channels)
+        for i, z in enumerate(_split_clips(latents, grids, channels)):
+            noise = torch.randn_like(z) if drawn is None else drawn[i]
+            tokens.append(_cut(torch.lerp(z, noise, float(t[i]))))
+            targets.append(_cut(noise - z))
+        return torch.cat(tokens), torch.cat(targets)
+
+    def same_noise() -> Tensor:
+        """The chain with the op's own noise, which is what it adds at t = 1 to nothing."""
+        eps = flow_patchify(torch.zeros_like(latents), torch.ones_like(t), ids, grids, channels, PATCH, seed=0)[0]
+        return chain(unpatchify(eps, grids, channels, PATCH))[0]
+
+    ours = partial(flow_patchify, latents, t, ids, grids, channels, PATCH, seed=0)
+    return Case(
+        name="K4 flow_patchify",
+        what="flow_patchify",
+        dtype=dtype,
+        shape=f"C={channels} patch={PATCH} S={len(grids)} L={int(grids.prod(-1).sum())}",
+        bytes=3 * latents.nbytes,
+        calls={OURS: ours, "eager chain": chain, "compile chain": torch.compile(chain, dynamic=False)},
+        tolerance=1e-2 if dtype.itemsize == 2 else 1e-6,
+        results={OURS: lambda: ours()[0], "eager chain": same_noise},
+    )
+
+
+def sincos_case(num_tokens: int, heads: int, dtype: torch.dtype, device: torch.device) -> Case:
+    grids = pack_grids(num_tokens)
+    length, dim = int(grids.prod(-1).sum()), heads * sum(AXES)
+    x = torch.randn(length, dim, generator=torch.Generator(device).manual_seed(0), device=device).to(dtype)
+    positions = positions3d(grids).to(device)
+    table = sincos3d(grids, dim).to(device)
+
+    def by_angles(x: Tensor) -> Tensor:
+        half = dim // 6
+        frequencies = THETA ** -(torch.arange(half, device=device) / half)
+        angles = positions[:, :, None] * frequencies
+        return (x.float() + torch.cat((angles.sin(), angles.cos()), -1).flatten(1)).to(x.dtype)
+
+    def by_table(x: Tensor, table: Tensor) -> Tensor:
+        return (x.float() + table).to(x.dtype)
+
+    calls: dict[str, Callable[[], Tensor]] = {
+        OURS: partial(add_sincos3d, x, grids),
+        "eager angles": partial(by_angles, x),
+        "compile angles": partial(torch.compile(by_angles, dynamic=False), x),
+        "eager table": partial(by_table, x, table),
+        "compile table": partial(torch.compile(by_table, dynamic=False), x, table),
+    }
+    return Case(
+        name="K5 add_sincos3d",
+        what="add_sincos3d",
+        dtype=dtype,
+        shape=f"L={length} M={dim}",
+        bytes=2 * x.nbytes,
+        calls=dict(calls),
+        tolerance=2e-2 if dtype.itemsize == 2 else 1e-4,
+        results=dict(calls),
+    )
+
+
 CASES: dict[str, Callable[[int, int, torch.dtype, torch.device], Case]] = {
     "K1 rope3d": rope_case,
     "K2 qk-norm + rope3d": qk_norm_case,
+    "K3 gated residual + norm + modulate": residual_norm_case,
+    "K4 patchify": patchify_case,
+    "K4 flow_patchify": flow_patchify_case,
+    "K5 add_sincos3d": sincos_case,
 }
 
 
