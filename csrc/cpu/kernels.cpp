@@ -1,6 +1,7 @@
 // All CPU kernels, compiled once for each level of x86-64 (setup.py: SORAHPC_LEVEL and -march), once elsewhere.
 #include "kernels.h"
 
+#include "embed.h"
 #include "flow_patchify.h"
 #include "patchify.h"
 #include "rope3d.h"
@@ -8,4 +9,4 @@
 #define SORAHPC_TABLE_OF(level) sorahpc_cpu_##level
 #define SORAHPC_TABLE(level) SORAHPC_TABLE_OF(level)
 
-extern "C" const sorahpc::CpuKernels SORAHPC_TABLE(SORAHPC_LEVEL) = {&patchify_row, &rope3d, &flow_patchify};
+extern "C" const sorahpc::CpuKernels SORAHPC_TABLE(SORAHPC_LEVEL) = {&patchify_row, &rope3d, &flow_patchify, &sincos3d, &timesteps};

@@ -1,6 +1,7 @@
 // The CPU kernels as ops/ calls them: one table of functions for each x86-64 level that they were compiled for.
 #pragma once
 
+#include "../embed.h"
 #include "../flow_patchify.h"
 #include "../pack.h"
 #include "../patchify.h"
@@ -20,6 +21,10 @@ struct CpuKernels {
   // holds these tokens twice; null: written where they belong at once, through the caches.
   void (*flow_patchify)(const FlowPatchify* op, const Draw* draw, const Sample* sample, int64_t t, int64_t h0,
                         int64_t h1, const char* latent, char* tokens, char* target, char* scratch);
+  // Tokens [begin, end) of op's; tables[axis]: see ops/embed.cpp.
+  void (*sincos3d)(const Sincos3d* op, const void* const* tables, const Sample* samples, int64_t num_samples,
+                   int64_t begin, int64_t end);
+  void (*timesteps)(const Timesteps* op, bool as_double, int64_t begin, int64_t end);
 };
 
 }  // namespace sorahpc
