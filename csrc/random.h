@@ -39,6 +39,18 @@ SORAHPC_HD typename M::F polynomial(typename M::F x, const float (&k)[N]) {
   return y;
 }
 
+// sin(x pi / 2) / x and cos(x pi / 2) as polynomials of x^2, for x in [-1/2, 1/2].
+#ifdef __CUDACC__
+__device__
+#endif
+constexpr float SIN_OF_QUARTERS[] = {1.5707963705062866f, -0.645966649055481f, 0.07971252501010895f,
+                                     -0.004685971420258284f};
+#ifdef __CUDACC__
+__device__
+#endif
+constexpr float COS_OF_QUARTERS[] = {1.0f, -1.2337005138397217f, 0.25366854667663574f, -0.02085559442639351f,
+                                     0.0008944734581746161f};
+
 // Two words -> two independent standard normals: the root of -2 ln u, times cos and sin of 2 pi v, with
 // u = (float(a >> 1) + 0.5) / 2^31 rounded to float, never 0, and v the middle of b's 64 neighbours.
 template <typename M>
@@ -61,11 +73,8 @@ SORAHPC_HD void normals(typename M::U a, typename M::U b, typename M::F& with_co
   const F head = M::add(M::mul(M::mul(f, f), polynomial<M>(f, ln)), M::mul(f, M::f(-2.0f)));
   const F radius = M::root(M::add(head, M::mul(e, M::f(-1.3862943649291992f))));
   // Quarter q of the circle and x in (-1/2, 1/2) quarters from its middle: an odd multiple of 2^-25, so exact.
-  const float sin_of[] = {1.5707963705062866f, -0.645966649055481f, 0.07971252501010895f, -0.004685971420258284f};
-  const float cos_of[] = {1.0f, -1.2337005138397217f, 0.25366854667663574f, -0.02085559442639351f,
-                          0.0008944734581746161f};
   const F x = M::mul(M::to_float((M::template bits_as<I>(b << 2) >> 7) | 1), M::f(0x1p-25f)), z = M::mul(x, x);
-  const F s = M::mul(radius, M::mul(x, polynomial<M>(z, sin_of))), c = M::mul(radius, polynomial<M>(z, cos_of));
+  const F s = M::mul(radius, M::mul(x, polynomial<M>(z, SIN_OF_QUARTERS))), c = M::mul(radius, polynomial<M>(z, COS_OF_QUARTERS));
   const U q = b + 0x20000000u;  // in the top two bits
   const auto odd = (q & 0x40000000u) != 0u;
   const U s_bits = M::template bits_as<U>(s), c_bits = M::template bits_as<U>(c);

@@ -3,6 +3,7 @@
 
 #include "ada_norm.h"
 #include "copy.h"
+#include "embed.h"
 #include "flow_patchify.h"
 #include "patchify.h"
 #include "rope3d.h"
@@ -11,4 +12,5 @@
 #define SORAHPC_TABLE(level) SORAHPC_TABLE_OF(level)
 
 extern "C" const sorahpc::CpuKernels SORAHPC_TABLE(SORAHPC_LEVEL) = {
-    &patchify_row, &rope3d, &stream_copy, &flow_patchify, &ada_norm, &ada_norm_backward, &ada_norm_sums};
+    &patchify_row, &rope3d,            &stream_copy,   &flow_patchify, &ada_norm,
+    &ada_norm_backward, &ada_norm_sums, &sincos3d, &timesteps};

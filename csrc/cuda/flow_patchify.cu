@@ -61,6 +61,11 @@ static_assert(sizeof(NoisedPack) + sizeof(FlowPatchify) + 3 * sizeof(void*) <= 4
 // Sample i has slots from here on, a slot a block of four elements: at least as many as it has blocks.
 __device__ int64_t first_slot(const Sample* samples, int64_t i, int64_t P) { return samples[i].first_token * P / 4 + i; }
 
+// Of pixel counts beyond 32 bits, which only a latent of one row can have, too.
+__device__ int64_t quotient(int64_t x, uint32_t y) {
+  return x <= 0xffffffffll ? int64_t(uint32_t(x) / y) : x / y;
+}
+
 template <typename T>
 __global__ void __launch_bounds__(THREADS)
     flow_patchify(const __grid_constant__ FlowPatchify op, const __grid_constant__ NoisedPack pack,
@@ -89,15 +94,32 @@ __global__ void __launch_bounds__(THREADS)
     float eps[4];
     sorahpc::normals<Machine>(uint32_t(c[0]), uint32_t(c[1]), eps[0], eps[1]);
     sorahpc::normals<Machine>(uint32_t(c[2]), uint32_t(c[3]), eps[2], eps[3]);
+    // Where in the latent the first lies, in 64 bits; from there on each step is one pixel, in 32.
+    const uint32_t pt = uint32_t(p.pt), ph = uint32_t(p.ph), pw = uint32_t(p.pw);
+    const int64_t frames = int64_t(s.T) * pt, height = int64_t(s.H) * ph, width = int64_t(s.W) * pw;
+    int64_t rest = 4 * block;
+    int64_t w = rest % width;
+    rest /= width;
+    int64_t h = rest % height;
+    rest /= height;
+    int64_t t = rest % frames, channel = rest / frames;
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const int64_t e = 4 * block + j;
       if (e >= n) break;
       float noised, learned;
       sorahpc::flow<Machine, float>(op.target, draw.t, to_float(latents[base + e]), eps[j], noised, learned);
-      const int64_t to = base + p.latent_to_token(s.T, s.H, s.W, e);
+      const int64_t token = (quotient(t, pt) * s.H + quotient(h, ph)) * s.W + quotient(w, pw);
+      const int64_t to = base + token * P +
+                         p.in_token(channel, t - quotient(t, pt) * pt, h - quotient(h, ph) * ph, w - quotient(w, pw) * pw);
       put(tokens + to, noised);
       put(target + to, learned);
+      if (++w < width) continue;
+      w = 0;
+      if (++h < height) continue;
+      h = 0;
+      if (++t < frames) continue;
+      t = 0, ++channel;
     }
   }
 }

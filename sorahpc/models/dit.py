@@ -190,8 +190,7 @@ class DiT(nn.Module):
 
         x = self.x_embed(megatron.local_tokens(tokens.to(self.dtype), self.mesh))  # [l, M]
         if self.model.position != "rope3d":
-            positions = ops.sincos3d(grids, self.model.dim, self.model.theta).to(x)
-            x = x + megatron.local_tokens(positions, self.mesh)
+            x = ops.add_sincos3d(x, grids, self.model.theta, first=pack.first)
         c = F.silu(self.t_embed(ops.timestep_embedding(t, TIMESTEP_DIM).to(self.dtype)))  # [S, M]
         text = self.text_embed(self.text_norm(text.to(self.dtype)))  # [Lt, M]
         branch, gate = None, None

@@ -3,29 +3,69 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from sorahpc.ops.pack import positions3d
+from sorahpc.ops._library import define
+from sorahpc.ops.pack import DTYPES, check_grids, positions3d
 
 
-def sincos3d(grids: Tensor, dim: int, theta: float = 1e4) -> Tensor:
+def sincos3d(
+    grids: Tensor, dim: int, theta: float = 1e4, *, first: int | None = None, length: int | None = None
+) -> Tensor:
     """Absolute 3D sinusoidal embedding of a pack (Vaswani et al. 2017, section 3.5, a third of the dims an axis).
 
     Args:
         grids: int64 CPU [S, 3], patch counts (T, H, W) a sample.
         dim: a multiple of 6; each axis gets dim/3 as (sin half, cos half).
+        theta: base of the frequencies; angles are computed in float64.
+        first, length: of the tokens [first, first + length) of the pack alone; None: from its start, to its end.
 
     Returns:
         float32 [L, dim] on the CPU.
+
+    Raises:
+        ValueError: what does not fit.
     """
-    if dim % 6:
-        raise ValueError(f"sincos3d: dim must be a multiple of 6, not {dim}")
-    half = dim // 6
-    frequencies = theta ** -(torch.arange(half, dtype=torch.float64) / half)
-    angles = positions3d(grids).to(torch.float64)[:, :, None] * frequencies  # [L, 3, dim/6]
-    return torch.cat((angles.sin(), angles.cos()), dim=-1).flatten(1).float()
+    _check_numbers("sincos3d", dim, theta, first)
+    if length is None:
+        check_grids("sincos3d", grids, 0, 0)
+        length = max(int(grids.prod(1).sum()) - (first or 0), 0)
+    elif length < 0:
+        raise ValueError(f"sincos3d: length {length}, expected at least 0")
+    check_grids("sincos3d", grids, length, first or 0)
+    out: Tensor = _sincos3d(grids, dim, float(theta), first or 0, length)
+    return out
+
+
+def add_sincos3d(x: Tensor, grids: Tensor, theta: float = 1e4, *, first: int | None = None) -> Tensor:
+    """x + `sincos3d` of its tokens, in one pass, without a table the size of x.
+
+    Args:
+        x: [L, dim], dim a multiple of 6; float16, bfloat16, float32, or float64 on the CPU.
+        grids, theta: as of `sincos3d`.
+        first: x is tokens [first, first + L) of the pack, as of a sequence-parallel rank; None: all of it.
+
+    Returns:
+        [L, dim] in x's dtype, added in float32 (float64 for float64).
+
+    Raises:
+        ValueError: what does not fit. Under ``torch.compile`` the values of `grids` are checked when the graph runs, as
+            RuntimeError.
+    """
+    op = "add_sincos3d"
+    if x.dtype not in DTYPES:
+        raise ValueError(f"{op}: x is {x.dtype}, expected one of {', '.join(map(str, DTYPES))}")
+    if x.dtype is torch.float64 and x.device.type != "cpu":
+        raise ValueError(f"{op}: x is float64 on {x.device}, which is for the CPU alone")
+    if x.dim() != 2:
+        raise ValueError(f"{op}: x has shape {tuple(x.shape)}, expected [L, dim]")
+    _check_numbers(op, x.shape[1], theta, first)
+    check_grids(op, grids, x.shape[0], first)
+    out: Tensor = _add_sincos3d(x, grids, float(theta), first or 0)
+    return out
 
 
 def timestep_embedding(t: Tensor, dim: int, *, scale: float = 1000.0, max_period: float = 1e4) -> Tensor:
@@ -34,11 +74,116 @@ def timestep_embedding(t: Tensor, dim: int, *, scale: float = 1000.0, max_period
     Args:
         t: [S] in [0, 1]; 0 = data, 1 = noise. Multiplied by `scale` first.
         dim: even.
+        max_period: frequency i of the half is max_period^(-i / half).
 
     Returns:
-        float32 [S, dim].
+        float32 [S, dim]; float64 for float64, which is for the CPU alone.
+
+    Raises:
+        ValueError: what does not fit.
     """
-    half = dim // 2
-    frequencies = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
-    angles = scale * t.float()[:, None] * frequencies
+    op = "timestep_embedding"
+    if t.dtype not in DTYPES or t.dim() != 1:
+        raise ValueError(f"{op}: t is {t.dtype} of shape {tuple(t.shape)}, expected [S] of a floating dtype")
+    if t.dtype is torch.float64 and t.device.type != "cpu":
+        raise ValueError(f"{op}: t is float64 on {t.device}, which is for the CPU alone")
+    if dim < 2 or dim % 2:
+        raise ValueError(f"{op}: dim {dim}, expected an even number of at least 2")
+    if not (0 < max_period < math.inf and -math.inf < scale < math.inf):
+        raise ValueError(f"{op}: max_period {max_period} and scale {scale}, expected finite, the period positive")
+    out: Tensor = _timestep_embedding(t, dim, float(scale), float(max_period))
+    return out
+
+
+def _check_numbers(op: str, dim: int, theta: float, first: int | None) -> None:
+    if dim < 6 or dim % 6:
+        raise ValueError(f"{op}: dim must be a multiple of 6, not {dim}")
+    if not 0 < theta < math.inf:
+        raise ValueError(f"{op}: theta {theta}, expected a positive number")
+    if first is not None and first < 0:
+        raise ValueError(f"{op}: first {first}, expected at least 0")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The references
+
+
+def _embedding(grids: Tensor, dim: int, theta: float, first: int, length: int) -> Tensor:
+    """float64 [length, dim]."""
+    positions = positions3d(grids)
+    if len(positions) < first + length:  # as in the compiled body: what is called without our checks is told
+        raise ValueError(f"grids: {len(positions)} tokens, expected at least {first + length}")
+    half = dim // 6
+    frequencies = theta ** -(torch.arange(half, dtype=torch.float64) / half)
+    angles = positions[first : first + length].double()[:, :, None] * frequencies  # [L, 3, dim/6]
+    return torch.cat((angles.sin(), angles.cos()), dim=-1).flatten(1)
+
+
+def _sincos3d_reference(grids: Tensor, dim: int, theta: float, first: int, length: int) -> Tensor:
+    return _embedding(grids, dim, theta, first, length).float()
+
+
+def _add_sincos3d_reference(x: Tensor, grids: Tensor, theta: float, first: int) -> Tensor:
+    compute = torch.float64 if x.dtype is torch.float64 else torch.float32
+    embedding = _embedding(grids, x.shape[1], theta, first, x.shape[0]).to(x.device, compute)
+    return (x.to(compute) + embedding).to(x.dtype).contiguous()
+
+
+def _frequencies(like: Tensor, half: int, max_period: float) -> Tensor:
+    exact = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float64) / half)
+    return exact.to(like.device, torch.float64 if like.dtype is torch.float64 else torch.float32)
+
+
+def _timestep_embedding_reference(t: Tensor, dim: int, scale: float, max_period: float) -> Tensor:
+    frequencies = _frequencies(t, dim // 2, max_period)
+    angles = scale * t.to(frequencies.dtype)[:, None] * frequencies
     return torch.cat((angles.cos(), angles.sin()), dim=-1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The ops
+
+
+def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    pass
+
+
+def _add_sincos3d_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return grad, None, None, None
+
+
+def _timestep_fake(t: Tensor, dim: int, scale: float, max_period: float) -> Tensor:
+    return t.new_empty((t.shape[0], dim), dtype=torch.float64 if t.dtype is torch.float64 else torch.float32)
+
+
+def _timestep_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    t, ctx.dim, ctx.scale, ctx.max_period = inputs
+    ctx.save_for_backward(t, output)
+
+
+def _timestep_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    t, output = ctx.saved_tensors
+    (cos, sin), (g_cos, g_sin) = output.chunk(2, dim=1), grad.chunk(2, dim=1)
+    slope = (g_sin * cos - g_cos * sin) * _frequencies(t, ctx.dim // 2, ctx.max_period)
+    return (ctx.scale * slope.sum(1)).to(t.dtype), None, None, None
+
+
+_sincos3d = define(
+    "sincos3d(Tensor grids, int dim, float theta, int first, int length) -> Tensor",
+    reference=_sincos3d_reference,
+    fake=lambda grids, dim, theta, first, length: grids.new_empty((length, dim), dtype=torch.float32),
+)
+_add_sincos3d = define(
+    "add_sincos3d(Tensor x, Tensor grids, float theta, int first) -> Tensor",
+    reference=_add_sincos3d_reference,
+    fake=lambda x, grids, theta, first: x.new_empty(x.shape),
+    setup_context=_save_nothing,
+    backward=_add_sincos3d_backward,
+)
+_timestep_embedding = define(
+    "timestep_embedding(Tensor t, int dim, float scale, float max_period) -> Tensor",
+    reference=_timestep_embedding_reference,
+    fake=_timestep_fake,
+    setup_context=_timestep_save,
+    backward=_timestep_backward,
+)

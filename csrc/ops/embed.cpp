@@ -1,0 +1,152 @@
+// sincos3d, add_sincos3d and timestep_embedding.
+#include "common.h"
+
+#include <cmath>
+
+namespace sorahpc {
+namespace {
+
+#ifdef SORAHPC_CUDA
+extern "C" int sorahpc_add_sincos3d_cuda(const Sincos3d* op, const Sample* samples, int64_t num_samples,
+                                         const Sample* on_device, void* stream);
+extern "C" int sorahpc_timesteps_cuda(const float* t, float* out, int64_t num_t, int64_t half, double scale,
+                                      double max_period, void* stream);
+#endif
+
+// A row for each index of an axis: sines, then cosines. Angles in double.
+template <typename C>
+std::vector<C> fill_axis(const Sincos3d& op, int64_t rows) {
+  const int64_t half = op.half;
+  std::vector<C> table(rows * 2 * half);
+  std::vector<double> c(half), s(half), dc(half), ds(half), frequency(half);
+  for (int64_t i = 0; i < half; ++i) {
+    frequency[i] = std::pow(op.theta, -double(i) / double(half));
+    dc[i] = std::cos(frequency[i]), ds[i] = std::sin(frequency[i]);
+  }
+  for (int64_t row = 0; row < rows; ++row)
+    for (int64_t i = 0; i < half; ++i) {
+      if (row % 64 == 0) {  // the rest by rotation, ten times as fast: 64 of them cost 64 roundings of a double
+        c[i] = std::cos(double(row) * frequency[i]), s[i] = std::sin(double(row) * frequency[i]);
+      } else {
+        const double next = c[i] * dc[i] - s[i] * ds[i];
+        s[i] = s[i] * dc[i] + c[i] * ds[i], c[i] = next;
+      }
+      table[row * 2 * half + i] = C(s[i]), table[row * 2 * half + half + i] = C(c[i]);
+    }
+  return table;
+}
+
+template <typename C>
+void on_cpu(const Sincos3d& op, const Samples& samples) {
+  int64_t rows[3] = {0, 0, 0};
+  for (int64_t i = 0; i < samples.size(); ++i) {
+    const Sample& s = samples.host()[i];
+    rows[0] = std::max<int64_t>(rows[0], s.T);
+    rows[1] = std::max<int64_t>(rows[1], s.H);
+    rows[2] = std::max<int64_t>(rows[2], s.W);
+  }
+  const std::vector<C> table = fill_axis<C>(op, *std::max_element(rows, rows + 3));  // the axes' are the same
+  const void* tables[3] = {table.data(), table.data(), table.data()};
+  const int64_t grain = std::max<int64_t>(1, 65536 / (6 * op.half));  // 64 k elements a thread at least
+  torch::stable::parallel_for(0, op.num_tokens, grain, [&](int64_t begin, int64_t end) {
+    cpu().sincos3d(&op, tables, samples.host(), samples.size(), begin, end);
+  });
+}
+
+Sincos3d params(int64_t dim, double theta, int64_t first, int64_t length, Dtype dtype) {
+  STD_TORCH_CHECK(dim >= 6 && dim % 6 == 0 && dim <= 6 << 20, "dim: ", dim, ", expected a multiple of 6, to 6 * 2^20");
+  STD_TORCH_CHECK(theta > 0, "theta: ", theta, ", expected more than 0");
+  const int64_t most = int64_t(1) << 50;  // as of_grids; so that their sum can't overflow
+  STD_TORCH_CHECK(first >= 0 && first <= most && length >= 0 && length <= most, "first: ", first, ", length: ", length,
+                  ", expected 0 to 2^50");
+  Sincos3d op{};
+  op.dtype = dtype;
+  op.first = first, op.num_tokens = length, op.half = int32_t(dim / 6), op.theta = theta;
+  // Whole vectors at aligned places only; 16 is the widest.
+  op.stream = length > STREAM_BYTES / (dim * item_bytes(dtype)) && dim / 3 % 16 == 0;
+  return op;
+}
+
+Tensor sincos3d(const Tensor& grids, int64_t dim, double theta, int64_t first, int64_t length) {
+  Sincos3d op = params(dim, theta, first, length, Dtype::f32);
+  const Samples samples = Samples::of_grids(grids, first + length, true);
+  Tensor out = torch::stable::new_empty(grids, {length, dim}, ScalarType::Float);
+  if (length == 0) return out;
+  op.out = out_data(out);
+  on_cpu<float>(op, samples);
+  return out;
+}
+
+Tensor add_sincos3d(const Tensor& x, const Tensor& grids, double theta, int64_t first) {
+  STD_TORCH_CHECK(x.dim() == 2, "x: expected [L, dim]");
+  Sincos3d op = params(x.size(1), theta, first, x.size(0), dtype_of(x));
+  Samples samples = Samples::of_grids(grids, first + x.size(0), true);
+  const Tensor in = x.stride(1) == 1 ? x : torch::stable::contiguous(x);
+  Tensor out = torch::stable::new_empty(in, {x.size(0), x.size(1)});
+  if (op.num_tokens == 0) return out;
+  op.x = data(in), op.x_stride = in.stride(0), op.out = out_data(out);
+  if (in.is_cpu()) {
+    op.dtype == Dtype::f64 ? on_cpu<double>(op, samples) : on_cpu<float>(op, samples);
+    return out;
+  }
+#ifdef SORAHPC_CUDA
+  STD_TORCH_CHECK(op.dtype != Dtype::f64, "add_sincos3d: float64 is for CPU");
+  const torch::stable::accelerator::DeviceGuard guard(in.get_device_index());
+  const int error = sorahpc_add_sincos3d_cuda(&op, samples.host(), samples.size(), samples.device(in),
+                                              current_stream(in.get_device_index()));
+  STD_TORCH_CHECK(error == 0, "add_sincos3d: CUDA error ", error, " at launch");
+#endif
+  return out;
+}
+
+Tensor timestep_embedding(const Tensor& t, int64_t dim, double scale, double max_period) {
+  STD_TORCH_CHECK(t.dim() == 1, "t: expected one dim");
+  STD_TORCH_CHECK(dim >= 2 && dim % 2 == 0 && dim <= 1 << 24, "dim: ", dim, ", expected an even number, to 2^24");
+  STD_TORCH_CHECK(max_period > 0, "max_period: ", max_period, ", expected more than 0");
+  const ScalarType type = compute_type(dtype_of(t));
+  const Tensor in = torch::stable::contiguous(torch::stable::to(t, type));
+  Tensor out = torch::stable::new_empty(in, {t.size(0), dim});
+  const int64_t half = dim / 2;
+  if (t.size(0) == 0) return out;
+  if (in.is_cpu()) {
+    std::vector<double> exact(half);
+    for (int64_t i = 0; i < half; ++i) exact[i] = std::exp(-std::log(max_period) * double(i) / double(half));
+    const std::vector<float> rounded(exact.begin(), exact.end());
+    const bool as_double = type == ScalarType::Double;
+    const Timesteps op{data<void>(in), out_data<void>(out), as_double ? (const void*)exact.data() : rounded.data(),
+                       t.size(0), half, scale};
+    const int64_t grain = std::max<int64_t>(1, 16384 / half);
+    torch::stable::parallel_for(0, t.size(0), grain,
+                                [&](int64_t begin, int64_t end) { cpu().timesteps(&op, as_double, begin, end); });
+    return out;
+  }
+#ifdef SORAHPC_CUDA
+  STD_TORCH_CHECK(type == ScalarType::Float, "timestep_embedding: float64 is for CPU");
+  const torch::stable::accelerator::DeviceGuard guard(in.get_device_index());
+  const int error = sorahpc_timesteps_cuda(data<float>(in), out_data<float>(out), t.size(0), half, scale, max_period,
+                                           current_stream(in.get_device_index()));
+  STD_TORCH_CHECK(error == 0, "timestep_embedding: CUDA error ", error, " at launch");
+#endif
+  return out;
+}
+
+const Schema schemas[] = {
+    Schema("sincos3d(Tensor grids, int dim, float theta, int first, int length) -> Tensor"),
+    Schema("add_sincos3d(Tensor x, Tensor grids, float theta, int first) -> Tensor"),
+    Schema("timestep_embedding(Tensor t, int dim, float scale, float max_period) -> Tensor")};
+
+}  // namespace
+}  // namespace sorahpc
+
+STABLE_TORCH_LIBRARY_IMPL(sorahpc, CPU, m) {
+  m.impl("sincos3d", TORCH_BOX(&sorahpc::sincos3d));
+  m.impl("add_sincos3d", TORCH_BOX(&sorahpc::add_sincos3d));
+  m.impl("timestep_embedding", TORCH_BOX(&sorahpc::timestep_embedding));
+}
+
+#ifdef SORAHPC_CUDA
+STABLE_TORCH_LIBRARY_IMPL(sorahpc, CUDA, m) {
+  m.impl("add_sincos3d", TORCH_BOX(&sorahpc::add_sincos3d));
+  m.impl("timestep_embedding", TORCH_BOX(&sorahpc::timestep_embedding));
+}
+#endif
