@@ -420,6 +420,7 @@ def test_a_weight_that_is_no_head_long_is_refused() -> None:
         ({"axes": [8]}, "axes_dim"),
         ({"first": 1}, "grids"),
         ({"first": -5}, "first"),
+        ({"first": 2**63 - 2}, "first"),
         ({"k": Q[:3]}, "q, k"),
         ({"theta": [0.0, 1.0, 1.0]}, "theta"),
     ],

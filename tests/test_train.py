@@ -134,6 +134,18 @@ def test_dp_sees_the_same_samples_and_the_same_loss(world: dict[str, Any]) -> No
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
 
 
+def test_training_on_the_references_is_training_on_the_kernels(world: dict[str, Any]) -> None:
+    """`ops: reference` changes roundings alone: ten steps with rope3d, norms, modulation and noise in Python."""
+    fast = _config(world, "kernels", train__steps=10, train__warmup_steps=0)
+    slow = _config(world, "references", train__steps=10, train__warmup_steps=0, ops="reference")
+    for config in (fast, slow):
+        assert run_on_ranks(1, train_legs, config.model_dump(mode="json"), [0]) == [["done"]]
+    for a, b in zip(_metrics(fast), _metrics(slow), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+    assert [a["loss"] for a in _metrics(fast)] != [b["loss"] for b in _metrics(slow)]  # it did switch
+
+
 def test_first_loss_is_one_plus_the_variance_of_the_latents(world: dict[str, Any]) -> None:
     config = _config(world, "first", train__steps=1, train__warmup_steps=0, train__packs_per_step=8)
     train_legs(0, 1, config.model_dump(mode="json"), [0])

@@ -78,7 +78,7 @@ Rope3d params(const Tensor& q, const Tensor& k, const std::vector<int64_t>& axes
                       q.is_cpu() == k.is_cpu(),
                   "q, k: expected the same dtype and device");
   STD_TORCH_CHECK(q.size(2) <= MAX_HEAD_DIM, "head dim ", q.size(2), ", expected at most ", MAX_HEAD_DIM);
-  STD_TORCH_CHECK(first >= 0, "first: ", first, ", expected at least 0");
+  STD_TORCH_CHECK(first >= 0 && first <= int64_t(1) << 50, "first: ", first, ", expected 0 to 2^50");
   Rope3d op{};
   op.dtype = dtype_of(q);
   op.first = first;
