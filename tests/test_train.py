@@ -52,8 +52,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def _config(world: dict[str, Any], run: str, **changes: Any) -> Config:
     data = json.loads(json.dumps(world)) | {"run": run}
     for key, value in changes.items():
-        section, _, name = key.partition("__")
-        data[section][name] = value
+        section, _, name = key.rpartition("__")
+        (data[section] if section else data)[name] = value
     return parse_config(data)
 
 
