@@ -1,64 +1,23 @@
 // ada_norm on CUDA. Forward: a block a row. Backward: a block a chunk of one sample's rows. Each thread has columns of
 // its own for as long as a block lives, so what it keeps in shared memory needs no barrier; only a row's sums do.
 // Everything is added in a fixed order: no atomics.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include "../ada_norm.h"
+#include "number.cuh"
 #include "pack.cuh"
 
 namespace {
 
 using sorahpc::AdaNorm;
 using sorahpc::Dtype;
+using sorahpc::from_float;
+using sorahpc::load;
 using sorahpc::Pack;
 using sorahpc::Rows;
 using sorahpc::Sample;
+using sorahpc::store;
 
 constexpr int THREADS = 256, WARPS = THREADS / 32;
 static_assert(sizeof(Pack) + sizeof(AdaNorm) <= 4096, "kernel arguments");
-
-__device__ __forceinline__ float to_float(float x) { return x; }
-__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
-__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-template <typename T>
-__device__ __forceinline__ T rounded(float x);
-template <>
-__device__ __forceinline__ float rounded<float>(float x) {
-  return x;
-}
-template <>
-__device__ __forceinline__ __half rounded<__half>(float x) {
-  return __float2half_rn(x);
-}
-template <>
-__device__ __forceinline__ __nv_bfloat16 rounded<__nv_bfloat16>(float x) {
-  return __float2bfloat16_rn(x);
-}
-
-template <typename T, int VEC>
-struct alignas(sizeof(T) * VEC) Vector {
-  T x[VEC];
-};
-
-template <int VEC, typename T>
-__device__ __forceinline__ void load(const T* p, float (&x)[VEC]) {
-  const Vector<T, VEC> v = *reinterpret_cast<const Vector<T, VEC>*>(p);
-#pragma unroll
-  for (int j = 0; j < VEC; ++j) x[j] = to_float(v.x[j]);
-}
-
-// x is left as it was stored.
-template <int VEC, typename T>
-__device__ __forceinline__ void store(T* p, float (&x)[VEC]) {
-  Vector<T, VEC> v;
-#pragma unroll
-  for (int j = 0; j < VEC; ++j) {
-    v.x[j] = rounded<T>(x[j]);
-    x[j] = to_float(v.x[j]);
-  }
-  *reinterpret_cast<Vector<T, VEC>*>(p) = v;
-}
 
 template <typename T>
 __device__ __forceinline__ const T* row_of(const Rows& rows, int64_t i) {
@@ -264,7 +223,7 @@ __global__ void __launch_bounds__(THREADS)
     __syncthreads();
     if (warp == 0 && column < M) {
       for (int w = 1; w < WARPS; ++w) part += parts[w][lane];
-      reinterpret_cast<T*>(op.sum_of(kind))[s * M + column] = rounded<T>(part);
+      reinterpret_cast<T*>(op.sum_of(kind))[s * M + column] = from_float<T>(part);
     }
     __syncthreads();
   }

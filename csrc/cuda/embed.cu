@@ -2,25 +2,18 @@
 // makes new ones where its axis's index changes.
 #include "../embed.h"
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
+#include "number.cuh"
 #include "pack.cuh"
 
 namespace {
 
 using sorahpc::Pack;
+using sorahpc::put;
 using sorahpc::Sample;
 using sorahpc::Sincos3d;
+using sorahpc::to_float;
 
 constexpr int THREADS = 128, CHUNK = 32;  // columns a block, tokens a thread
-
-__device__ float to_float(float x) { return x; }
-__device__ float to_float(__half x) { return __half2float(x); }
-__device__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ void put(float* p, float x) { *p = x; }
-__device__ void put(__half* p, float x) { *p = __float2half_rn(x); }
-__device__ void put(__nv_bfloat16* p, float x) { *p = __float2bfloat16_rn(x); }
 
 // Reduced in double: float has no room for many turns and their fraction.
 __device__ void sin_cos(double angle, float* s, float* c) {

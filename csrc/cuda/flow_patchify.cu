@@ -2,15 +2,15 @@
 // places in the tokens.
 #include "../flow_patchify.h"
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
+#include "number.cuh"
 
 namespace {
 
 using sorahpc::Draw;
 using sorahpc::FlowPatchify;
+using sorahpc::put;
 using sorahpc::Sample;
+using sorahpc::to_float;
 
 constexpr int THREADS = 256;
 
@@ -37,13 +37,6 @@ struct Machine {
     return v;
   }
 };
-
-__device__ float to_float(float x) { return x; }
-__device__ float to_float(__half x) { return __half2float(x); }
-__device__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ void put(float* p, float x) { *p = x; }
-__device__ void put(__half* p, float x) { *p = __float2half_rn(x); }
-__device__ void put(__nv_bfloat16* p, float x) { *p = __float2bfloat16_rn(x); }
 
 // As Pack, with what the noise of each sample needs.
 struct NoisedPack {

@@ -28,24 +28,33 @@ __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
   return __float2bfloat16_rn(x);
 }
 
+template <typename T>
+__device__ __forceinline__ void put(T* p, float x) {
+  *p = from_float<T>(x);
+}
+
 // N numbers that one instruction moves; the address must be a multiple of their size.
 template <typename T, int N>
 struct alignas(sizeof(T) * N) Numbers {
   T x[N];
 };
 
-template <typename T, int N>
-__device__ __forceinline__ void load(float (&out)[N], const T* p) {
+template <int N, typename T>
+__device__ __forceinline__ void load(const T* p, float (&x)[N]) {
   const Numbers<T, N> v = *reinterpret_cast<const Numbers<T, N>*>(p);
 #pragma unroll
-  for (int i = 0; i < N; ++i) out[i] = to_float(v.x[i]);
+  for (int i = 0; i < N; ++i) x[i] = to_float(v.x[i]);
 }
 
-template <typename T, int N>
-__device__ __forceinline__ void store(T* p, const float (&in)[N]) {
+// x is left as it was stored.
+template <int N, typename T>
+__device__ __forceinline__ void store(T* p, float (&x)[N]) {
   Numbers<T, N> v;
 #pragma unroll
-  for (int i = 0; i < N; ++i) v.x[i] = from_float<T>(in[i]);
+  for (int i = 0; i < N; ++i) {
+    v.x[i] = from_float<T>(x[i]);
+    x[i] = to_float(v.x[i]);
+  }
   *reinterpret_cast<Numbers<T, N>*>(p) = v;
 }
 

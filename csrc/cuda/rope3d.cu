@@ -39,8 +39,8 @@ template <typename T, int VEC, bool SPLIT>
 __device__ __forceinline__ void load_unit(float (&v)[2 * VEC], const T* head, int unit, int D) {
   if constexpr (SPLIT) {
     float a[VEC], b[VEC];
-    sorahpc::load<T, VEC>(a, head + unit * VEC);
-    sorahpc::load<T, VEC>(b, head + D / 2 + unit * VEC);
+    sorahpc::load<VEC>(head + unit * VEC, a);
+    sorahpc::load<VEC>(head + D / 2 + unit * VEC, b);
 #pragma unroll
     for (int j = 0; j < VEC; ++j) v[j] = a[j], v[VEC + j] = b[j];
   } else {
@@ -54,8 +54,8 @@ __device__ __forceinline__ void store_unit(T* head, int unit, int D, const float
     float a[VEC], b[VEC];
 #pragma unroll
     for (int j = 0; j < VEC; ++j) a[j] = v[j], b[j] = v[VEC + j];
-    sorahpc::store<T, VEC>(head + unit * VEC, a);
-    sorahpc::store<T, VEC>(head + D / 2 + unit * VEC, b);
+    sorahpc::store<VEC>(head + unit * VEC, a);
+    sorahpc::store<VEC>(head + D / 2 + unit * VEC, b);
   } else {
     head[2 * unit] = from_float<T>(v[0]), head[2 * unit + 1] = from_float<T>(v[1]);
   }
