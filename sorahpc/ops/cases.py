@@ -39,7 +39,6 @@ class Case:
     """
 
     name: str
-    what: str
     dtype: torch.dtype
     shape: str
     bytes: int
@@ -118,7 +117,6 @@ def rope_case(num_tokens: int, heads: int, dtype: torch.dtype, device: torch.dev
             calls[f"compile {name}"] = partial(torch.compile(both, dynamic=False), q, k, *tables)
     return Case(
         name="K1 rope3d forward",
-        what="rope3d",
         dtype=dtype,
         shape=f"L={len(q)} N={heads} D={sum(AXES)}",
         bytes=4 * q.nbytes,
@@ -157,7 +155,6 @@ def qk_norm_case(num_tokens: int, heads: int, dtype: torch.dtype, device: torch.
     }
     return Case(
         name="K2 qk-norm + rope3d forward + backward",
-        what="qk_norm_rope3d",
         dtype=dtype,
         shape=f"L={len(q)} N={heads} D={sum(AXES)}",
         bytes=(4 + 6) * q.nbytes,
@@ -209,7 +206,6 @@ def residual_norm_case(num_tokens: int, heads: int, dtype: torch.dtype, device: 
     calls = {name: partial(step, forward) for name, forward in forwards.items()}
     return Case(
         name="K3 gated residual + norm + modulate forward + backward",
-        what="residual_norm",
         dtype=dtype,
         shape=f"L={length} M={dim} S={len(lens)}",
         bytes=(4 + 6) * x.nbytes,
@@ -256,7 +252,6 @@ def patchify_case(num_tokens: int, heads: int, dtype: torch.dtype, device: torch
     }
     return Case(
         name="K4 patchify",
-        what="patchify",
         dtype=dtype,
         shape=f"C={channels} patch={PATCH} S={len(grids)} L={int(grids.prod(-1).sum())}",
         bytes=2 * latents.nbytes,
@@ -289,7 +284,6 @@ def flow_patchify_case(num_tokens: int, heads: int, dtype: torch.dtype, device: 
     ours = partial(flow_patchify, latents, t, ids, grids, channels, PATCH, seed=0)
     return Case(
         name="K4 flow_patchify",
-        what="flow_patchify",
         dtype=dtype,
         shape=f"C={channels} patch={PATCH} S={len(grids)} L={int(grids.prod(-1).sum())}",
         bytes=3 * latents.nbytes,
@@ -324,7 +318,6 @@ def sincos_case(num_tokens: int, heads: int, dtype: torch.dtype, device: torch.d
     }
     return Case(
         name="K5 add_sincos3d",
-        what="add_sincos3d",
         dtype=dtype,
         shape=f"L={length} M={dim}",
         bytes=2 * x.nbytes,
@@ -356,4 +349,4 @@ def kernel_cases(device: torch.device, small: bool = False, only: str = "") -> I
         tokens = (32_760 if dtype is torch.float32 else 65_520) * (4 if device.type == "cuda" else 1)
         for name, case in CASES.items():
             if name.startswith(only):
-                yield case(512, 2, dtype, device) if small else case(tokens, 12, dtype, device)
+                yield case(512, 3, dtype, device) if small else case(tokens, 12, dtype, device)
