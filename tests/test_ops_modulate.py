@@ -130,9 +130,8 @@ def test_it_is_as_near_to_float64_as_the_reference(
             truth = run({k: v.detach().double().cpu().requires_grad_() for k, v in inputs.items()}, lens_S)
         for i, (a, b, c) in enumerate(zip(got, expected, truth, strict=True)):
             assert a.shape == b.shape and a.dtype == b.dtype == dtype and a.is_contiguous()
-            # Twice the reference's own, and half a unit in the last place where that got lucky: another order of
-            # additions, as of another CPU level, does as much.
-            allowed = 2 * error(b, c) + 0.5 * torch.finfo(dtype).eps * float(c.detach().norm())
+            # Twice the reference's own, and a few hundredths of a unit in the last place where that got lucky.
+            allowed = 2 * error(b, c) + 0.05 * torch.finfo(dtype).eps * float(c.detach().norm())
             assert error(a, c) <= allowed, (i, error(a, c), error(b, c))
 
 

@@ -117,8 +117,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> ada_norm_backward(std::option
   }
   if (scale) point("scale", op.scale, *scale, S, sum, keep);
   // On a GPU a chunk is what a block works through, so that there are a few blocks a multiprocessor; on the CPU it is
-  // long enough for its sums to be cheap to add up.
-  op.chunk = int32_t(sum.is_cpu() ? 64 : std::min<int64_t>(64, std::max<int64_t>(4, (L + 1023) / 1024)));
+  // long enough for its sums to be cheap to add up, and short enough for float32 to add a chunk without loss.
+  op.chunk = int32_t(sum.is_cpu() ? 32 : std::min<int64_t>(64, std::max<int64_t>(4, (L + 1023) / 1024)));
   std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> out{
       empty_rows(sum, L), gate ? empty_rows(sum, L) : nothing(sum), gate ? empty_rows(sum, S) : nothing(sum),
       scale ? empty_rows(sum, S) : nothing(sum), scale ? empty_rows(sum, S) : nothing(sum)};
