@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MODULES = sorted((ROOT / "sorahpc").rglob("*.py"))
 
 FLOORS = {
-    0: {"errors", "config", "log", "runs"},
+    0: {"errors", "config", "log", "runs", "page"},
     1: {"ops", "distributed"},
     2: {"data", "models", "diffusion", "metrics"},
     3: {"jobs"},

@@ -17,7 +17,8 @@ import yaml
 
 from sorahpc.data.mp4 import write_mp4
 from sorahpc.errors import DataError
-from sorahpc.report import line_chart, shares, smooth, ticks, write_report
+from sorahpc.page import line_chart, smooth, ticks
+from sorahpc.report import shares, write_report
 
 HOSTILE = "</figcaption><script>document.title='owned'</script><img src=x onerror=alert(1)> \u202e\"' & {0}"
 

@@ -1,0 +1,187 @@
+"""One self-contained HTML page, for reports and profiles: its frame, its tables and its charts (inline SVG).
+
+A page opens from disk and asks the network for nothing; its content policy forbids scripts. Every text that is put into
+it goes through `esc`.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from html import escape
+
+
+def esc(value: object) -> str:
+    """Any value as HTML text, safe inside an element and inside a quoted attribute."""
+    return escape(str(value), quote=True)
+
+
+def page(title: str, body: str) -> str:
+    """The whole page. `title` is text, `body` HTML."""
+    return _PAGE.format(title=esc(title), style=_STYLE, body=body)
+
+
+def fact_table(facts: Sequence[tuple[str, str]]) -> str:
+    """A table of (name, value)."""
+    rows = "".join(f'<tr><th scope="row">{esc(name)}</th><td>{esc(value)}</td></tr>' for name, value in facts)
+    return f'<table class="facts">{rows}</table>'
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Charts
+
+
+def smooth(values: Sequence[float], window: int | None = None) -> list[float]:
+    """Centred moving mean; the window, a twentieth of the series by default, shrinks at both ends."""
+    half = (window or max(3, len(values) // 20)) // 2
+    out = []
+    for i in range(len(values)):
+        reach = min(half, i, len(values) - 1 - i)
+        out.append(statistics.fmean(values[i - reach : i + reach + 1]))
+    return out
+
+
+def ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """Round numbers from at or below `low` to at or above `high`, about `count` of them."""
+    if not high > low:
+        low, high = low - (abs(low) or 1) * 0.5, high + (abs(high) or 1) * 0.5
+    rough = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(rough))
+    size = next(m for m in (1, 2, 2.5, 5, 10) if m * power >= rough * 0.999) * power
+    first, last = math.floor(low / size + 1e-9), math.ceil(high / size - 1e-9)
+    return [round(i * size, 12) for i in range(first, last + 1)]
+
+
+def line_chart(
+    title: str, x: Sequence[float], series: Sequence[tuple[str, Sequence[float], str]], x_label: str, y_label: str,
+    *, robust: bool = False,
+) -> str:  # fmt: skip
+    """An inline SVG line chart from y = 0 (or below) up, with axes, grid, labels and a key.
+
+    Args:
+        x: increasing.
+        series: (name, values as long as x, "thin" or "bold"); values that are not finite leave a gap.
+        robust: the axis ends at three times the median where outliers go higher; they are cut at the edge.
+    """
+    width, height, left, right, top, bottom = 720, 300, 64, 16, 16, 48
+    finite = [v for _, values, _ in series for v in values if math.isfinite(v)]
+    if not finite:
+        return f'<p class="note">{esc(title)}: no finite value.</p>'
+    high = max(finite)
+    if robust:
+        high = min(high, 3 * statistics.median(finite))
+    y_ticks, x_ticks = ticks(min(0.0, *finite), high), ticks(x[0], x[-1], 6)
+    x_ticks = [t for t in x_ticks if x[0] <= t <= x[-1]] or [x[0]]
+    y0, y1, x0, x1 = y_ticks[0], y_ticks[-1], x[0], x[-1] if x[-1] > x[0] else x[0] + 1
+
+    def px(value: float) -> float:
+        return left + (value - x0) / (x1 - x0) * (width - left - right)
+
+    def py(value: float) -> float:
+        return height - bottom - (min(value, y1) - y0) / (y1 - y0) * (height - top - bottom)
+
+    parts = []
+    for t in y_ticks:
+        parts.append(f'<line class="grid" x1="{left}" x2="{width - right}" y1="{py(t):.1f}" y2="{py(t):.1f}"/>')
+        parts.append(f'<text x="{left - 8}" y="{py(t) + 4:.1f}" text-anchor="end">{t:g}</text>')
+    for t in x_ticks:
+        parts.append(f'<text x="{px(t):.1f}" y="{height - bottom + 18}" text-anchor="middle">{t:,g}</text>')
+    parts.append(f'<line class="axis" x1="{left}" x2="{width - right}" y1="{py(y0):.1f}" y2="{py(y0):.1f}"/>')
+    centre, middle = (left + width - right) / 2, (top + height - bottom) / 2
+    parts.append(f'<text x="{centre}" y="{height - 8}" text-anchor="middle">{esc(x_label)}</text>')
+    parts.append(f'<text transform="translate(14 {middle}) rotate(-90)" text-anchor="middle">{esc(y_label)}</text>')
+    for _, values, kind in series:
+        points = _thin_out(list(zip(x, values, strict=True)), 600)
+        if len(points) == 1:
+            parts.append(f'<circle class="{kind}" cx="{px(points[0][0]):.1f}" cy="{py(points[0][1]):.1f}" r="3"/>')
+            continue
+        path, pen_down = [], False
+        for px_value, value in points:
+            if math.isfinite(value):
+                path.append(f"{'L' if pen_down else 'M'}{px(px_value):.1f} {py(value):.1f}")
+            pen_down = math.isfinite(value)
+        parts.append(f'<path class="{kind}" d="{" ".join(path)}"/>')
+    if len(series) > 1:
+        for i, (name, _, kind) in enumerate(series):
+            at = width - right - 250 + 130 * i
+            parts.append(f'<path class="{kind}" d="M{at} {top + 8}h22"/>')
+            parts.append(f'<text x="{at + 28}" y="{top + 12}">{esc(name)}</text>')
+    last = next((v for v in reversed(series[-1][1]) if math.isfinite(v)), math.nan)
+    label = f"{title}: {y_label} over {x_label}, {x[0]:g} to {x[-1]:g}; last {last:.4g}"
+    return (
+        f'<figure class="chart"><figcaption>{esc(title)}</figcaption><svg viewBox="0 0 {width} {height}" role="img" '
+        f'aria-label="{esc(label)}">{"".join(parts)}</svg></figure>'
+    )
+
+
+def _thin_out(points: list[tuple[float, float]], most: int) -> list[tuple[float, float]]:
+    """At most `most` points: the mean of each stretch. A stretch with a value that is not finite keeps that value."""
+    if len(points) <= most:
+        return points
+    size = math.ceil(len(points) / most)
+    out = []
+    for i in range(0, len(points), size):
+        stretch = points[i : i + size]
+        out.append((statistics.fmean(p[0] for p in stretch), statistics.fmean(p[1] for p in stretch)))
+    return out
+
+
+_STYLE = """
+:root { color-scheme: light dark; --paper: #fbfbfa; --card: #ffffff; --ink: #1d1f23; --soft: #62666e; --line: #e3e3df;
+  --accent: #2f6bd8; --yes: #1a7f4b; --no: #b3372c; }
+@media (prefers-color-scheme: dark) { :root { --paper: #16181c; --card: #1f2227; --ink: #e8e9eb; --soft: #9aa0a9;
+  --line: #33373e; --accent: #7ba8ff; --yes: #5cc98f; --no: #f08a7f; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 1180px; padding: 32px 24px 64px; background: var(--paper); color: var(--ink);
+  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; }
+h1 { margin: 0; font-size: 28px; letter-spacing: -0.01em; } h2 { margin: 0 0 8px; font-size: 19px; }
+header p { margin: 2px 0 0; color: var(--soft); } section { margin-top: 40px; } p { margin: 0 0 12px; max-width: 96ch; }
+small, .note { color: var(--soft); } .note { font-style: italic; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(148px, 1fr)); gap: 12px; margin-top: 20px; }
+.tile { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 12px 14px; }
+.tile b { display: block; font-size: 22px; font-variant-numeric: tabular-nums; } .tile span { color: var(--soft); }
+.bar { height: 6px; border-radius: 3px; background: var(--line); overflow: hidden; margin-top: 8px; }
+.bar span { display: block; height: 100%; background: var(--accent); }
+.clips { display: grid; grid-template-columns: repeat(auto-fill, minmax(210px, 1fr)); gap: 16px; }
+.clips.pairs { grid-template-columns: repeat(auto-fill, minmax(340px, 1fr)); }
+figure { margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: 8px; overflow: hidden; }
+.clips figcaption { padding: 10px 12px 12px; overflow-wrap: anywhere; }
+.clips small { display: block; margin-top: 4px; }
+video { display: block; width: 100%; aspect-ratio: 1; object-fit: contain; background: var(--line);
+  image-rendering: pixelated; }
+.pair { display: grid; grid-template-columns: 1fr 1fr; gap: 2px; }
+.pair small { text-align: center; padding-top: 4px; margin: 0; }
+.chips { display: flex; flex-wrap: wrap; gap: 4px 10px; list-style: none; margin: 6px 0 0; padding: 0;
+  font-size: 13px; }
+.chips .yes { color: var(--yes); } .chips .no { color: var(--no); } .chips span { font-weight: 700; }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(440px, 1fr)); gap: 16px; }
+@media (max-width: 560px) { .charts { grid-template-columns: 1fr; } }
+.chart { padding: 12px; } .chart figcaption { font-weight: 600; } svg { display: block; width: 100%; height: auto; }
+svg text { fill: var(--soft); font-size: 13px; font-variant-numeric: tabular-nums; } svg .grid { stroke: var(--line); }
+svg .axis { stroke: var(--soft); } svg path { fill: none; stroke: var(--accent); stroke-linejoin: round; }
+svg .bold { stroke-width: 2.2; } svg .thin { stroke-width: 1; opacity: 0.4; } svg circle { fill: var(--accent); }
+table { border-collapse: collapse; margin-top: 16px; } th { font-weight: 400; color: var(--soft); text-align: left; }
+th, td { padding: 4px 16px 4px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
+td { font-variant-numeric: tabular-nums; overflow-wrap: anywhere; } table.time { width: 100%; max-width: 760px; }
+.time th { white-space: nowrap; color: var(--ink); } .time td:not(.wide) { white-space: nowrap; text-align: right; }
+.wide { width: 60%; vertical-align: middle; } .wide .bar { margin: 0; height: 10px; border-radius: 5px; }
+pre { overflow-x: auto; padding: 14px; background: var(--card); border: 1px solid var(--line); border-radius: 8px;
+  font-size: 13px; } details { margin-top: 16px; } summary { cursor: pointer; }
+"""
+
+# The content policy is the second lock: even a text that slipped through unescaped could not run or fetch anything.
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; media-src data:; style-src 'unsafe-inline'">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>{style}</style>
+</head>
+<body>
+{body}
+</body>
+</html>
+"""
