@@ -24,9 +24,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 config_app = typer.Typer(help="Look at a config.", no_args_is_help=True, rich_markup_mode=None)
+profile_app = typer.Typer(
+    help="Time the kernels, or trace training or sampling.", no_args_is_help=True, rich_markup_mode=None
+)
 data_app = typer.Typer(help="Make data.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(config_app, name="config")
 app.add_typer(data_app, name="data")
+app.add_typer(profile_app, name="profile")
 
 ConfigArg = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file, or the name of a shipped one.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides of dotted keys.")]
@@ -367,6 +371,76 @@ def data_tiny_t5(
     captions = [video.caption for video in read_manifest(loaded.run_dir / MANIFEST) if video.ok]
     make_tiny_t5(out, captions, dim, seed)
     _say({"path": str(out.absolute()), "captions": len(captions)}, f"{out}: from {len(captions)} captions", as_json)
+    return 0
+
+
+Warmup = Annotated[int | None, typer.Option("--warmup", help="Steps before the first that counts.")]
+Steps = Annotated[int | None, typer.Option("--steps", help="Steps that are recorded.")]
+Tool = Annotated[str | None, typer.Option("--tool", help="torch, nsys or ncu: what records.")]
+
+
+def _given(**options: object) -> list[str]:
+    """Overrides of the options that were given; `a__b` is the key a.b."""
+    return [f"{key.replace('__', '.')}={value}" for key, value in options.items() if value is not None]
+
+
+@profile_app.command("kernels")
+def profile_kernels(
+    config: Annotated[str, typer.Argument(metavar="[CONFIG]", help="YAML file or shipped name.")] = "profile",
+    overrides: Overrides = None,
+    baseline: Annotated[
+        Path | None, typer.Option("--baseline", help="An earlier <device>.json, or the folder that it is in.")
+    ] = None,
+    margin: Annotated[
+        float | None, typer.Option("--margin", help="Exit 17 if an op is slower than the baseline by this share.")
+    ] = None,
+    only: Annotated[str | None, typer.Option("--only", help="Cases whose name begins so, such as K1.")] = None,
+    cluster: ClusterOpt = None, dry_run: DryRun = False, as_json: AsJson = False, wait: Wait = False,
+) -> int:  # fmt: skip
+    """The ops beside their peers and this node's limits: CSV, JSON and a page with a roofline."""
+    given = _given(kernels__baseline=baseline, kernels__margin=margin, kernels__only=only)
+    if "=" in config and not Path(config).exists():  # no config named, only overrides
+        config, overrides = "profile", [config, *(overrides or [])]
+    given = [*(overrides or []), *given]
+    return _launch("profile-kernels", config, given, cluster, dry_run=dry_run, as_json=as_json, wait=wait)
+
+
+@profile_app.command("train")
+def profile_train(
+    config: ConfigArg, overrides: Overrides = None, warmup: Warmup = None, steps: Steps = None,
+    ranks: Annotated[str | None, typer.Option("--ranks", help="Ranks that are recorded, such as 0,8.")] = None,
+    tool: Tool = None, cluster: ClusterOpt = None, dry_run: DryRun = False, as_json: AsJson = False, wait: Wait = False,
+) -> int:  # fmt: skip
+    """Some steps of training under a profiler: trace, time by layer, communication, memory."""
+    chosen = None if ranks is None else f"[{ranks}]"
+    given = _given(profile__warmup_steps=warmup, profile__steps=steps, profile__ranks=chosen, profile__tool=tool)
+    given = [*(overrides or []), *given]
+    return _launch("profile-train", config, given, cluster, dry_run=dry_run, as_json=as_json, wait=wait)
+
+
+@profile_app.command("sample")
+def profile_sample(
+    config: ConfigArg, overrides: Overrides = None, warmup: Warmup = None, steps: Steps = None, tool: Tool = None,
+    cluster: ClusterOpt = None, dry_run: DryRun = False, as_json: AsJson = False, wait: Wait = False,
+) -> int:  # fmt: skip
+    """A pack from its prompts to its frames under a profiler."""
+    given = _given(profile__warmup_steps=warmup, profile__steps=steps, profile__tool=tool)
+    given = [*(overrides or []), *given]
+    return _launch("profile-sample", config, given, cluster, dry_run=dry_run, as_json=as_json, wait=wait)
+
+
+@profile_app.command("report")
+def profile_report(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Runs that were profiled.")],
+    out: Annotated[Path, typer.Option("--out", help="The page to write.")] = Path("profile.html"),
+    as_json: AsJson = False,
+) -> int:
+    """One page of what several runs have measured, on A100, H100 and H200 nodes, say."""
+    from sorahpc.cluster.status import find_run
+    from sorahpc.profiling.page import write_profile_page
+
+    path = write_profile_page([find_run(run) / "profile" for run in runs], out)
+    _say({"path": str(path.absolute())}, f"report: {path.absolute()}", as_json)
     return 0
 
 

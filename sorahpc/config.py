@@ -330,6 +330,39 @@ class EvaluateConfig(Section):
         return self
 
 
+class KernelsConfig(Section):
+    """What `sorahpc profile kernels` measures: the ops beside their peers and the limits of the node it runs on."""
+
+    only: str = Field("", description="cases whose name begins so, such as K1; empty: all")
+    repeats: int = Field(15, ge=3, le=1000, description="times each candidate is run; figures are medians")
+    threads: tuple[Annotated[int, Field(ge=1, le=1024)], ...] = Field(
+        (), description="CPU threads to measure with, one after the other; empty: resources.cpus_per_task"
+    )
+    small: bool = Field(False, description="sizes that try the job out in a minute; no figure means anything")
+    baseline: ConfigPath | None = Field(
+        None, description="node.json of an earlier measurement, or a folder that holds one of this device"
+    )
+    margin: float = Field(0.1, ge=0, le=10, description="an op slower than the baseline by this share: exit code 17")
+    resources: ArrayResources = ArrayResources()
+
+    @model_validator(mode="after")
+    def _one_task(self) -> KernelsConfig:
+        if self.resources.tasks != 1:
+            raise ValueError("resources.tasks: 1 (two on a node would measure each other)")
+        return self
+
+
+class ProfileConfig(Section):
+    """What `sorahpc profile train` and `profile sample` record. They ask for what the job itself asks for."""
+
+    warmup_steps: int = Field(3, ge=1, le=1000, description="steps before the first that counts")
+    steps: int = Field(5, ge=1, le=1000, description="steps that are recorded")
+    ranks: tuple[Annotated[int, Field(ge=0)], ...] = Field((0,), min_length=1, description="ranks that are recorded")
+    tool: Literal["torch", "nsys", "ncu"] = Field(
+        "torch", description="torch: torch.profiler; nsys, ncu: the chosen ranks run under Nsight Systems or Compute"
+    )
+
+
 class DemoConfig(Section):
     """The toy world that `sorahpc demo` makes before it runs the pipeline on it."""
 
@@ -381,6 +414,8 @@ class Config(Section):
     train: TrainConfig | None = None
     sample: SampleConfig | None = None
     evaluate: EvaluateConfig = EvaluateConfig()
+    kernels: KernelsConfig = KernelsConfig()
+    profile: ProfileConfig = ProfileConfig()
     demo: DemoConfig | None = None
 
     @model_validator(mode="after")
@@ -392,6 +427,13 @@ class Config(Section):
                 f"train.tp: a divisor of the hidden size {self.model.mlp_dim} = model.dim {self.model.dim} x "
                 f"model.mlp_ratio {self.model.mlp_ratio}, not {self.train.tp}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _profiled_ranks(self) -> Config:
+        world = self.train.resources.world_size if self.train else 1
+        if max(self.profile.ranks) >= world:
+            raise ValueError(f"profile.ranks: ranks from 0 to {world - 1}, not {list(self.profile.ranks)}")
         return self
 
     @property

@@ -50,6 +50,12 @@ class NumericsError(SoraHPCError):
     exit_code = 16
 
 
+class SlowerError(SoraHPCError):
+    """A kernel takes longer than in the baseline, by more than the margin; what was measured is written."""
+
+    exit_code = 17
+
+
 class NoProgressError(SoraHPCError):
     """Repeated restarts made no progress; requeuing again would not help."""
 

@@ -109,6 +109,76 @@ def line_chart(
             parts.append(f'<text x="{at + 28}" y="{top + 12}">{esc(name)}</text>')
     last = next((v for v in reversed(series[-1][1]) if math.isfinite(v)), math.nan)
     label = f"{title}: {y_label} over {x_label}, {x[0]:g} to {x[-1]:g}; last {last:.4g}"
+    return _figure(title, label, width, height, parts)
+
+
+def roofline(
+    title: str,
+    bandwidth_gb_s: float,
+    peaks: Sequence[tuple[str, float]],
+    points: Sequence[tuple[str, float, float, str]],
+) -> str:
+    """An inline SVG roofline (Williams et al. 2009), both axes logarithmic.
+
+    Args:
+        bandwidth_gb_s: of memory, the slope.
+        peaks: (name, GFLOP/s), the flat roofs.
+        points: (name, FLOP a byte, GFLOP/s, "solid" or "hollow"), all above 0; only solid ones carry their name.
+    """
+    width, height, left, right, top, bottom = 1080, 440, 72, 24, 20, 48
+    if not points or not peaks:
+        return f'<p class="note">{esc(title)}: nothing to show.</p>'
+    best = max(value for _, value in peaks)
+    x_low, x_high = math.log10(min(x for _, x, _, _ in points) / 2), math.log10(best / bandwidth_gb_s * 4)
+    y_low, y_high = math.log10(min(y for _, _, y, _ in points) / 3), math.log10(best * 2)
+
+    def px(x: float) -> float:
+        return left + (math.log10(x) - x_low) / (x_high - x_low) * (width - left - right)
+
+    def py(y: float) -> float:
+        return height - bottom - (math.log10(y) - y_low) / (y_high - y_low) * (height - top - bottom)
+
+    parts = []
+    for power in range(math.ceil(x_low), math.floor(x_high) + 1):
+        x = px(10.0**power)
+        parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{top}" y2="{height - bottom}"/>')
+        parts.append(f'<text x="{x:.1f}" y="{height - bottom + 18}" text-anchor="middle">{10.0**power:g}</text>')
+    for power in range(math.ceil(y_low), math.floor(y_high) + 1):
+        y = py(10.0**power)
+        parts.append(f'<line class="grid" x1="{left}" x2="{width - right}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{10.0**power:g}</text>')
+    x0 = max(10.0**x_low, 10.0**y_low / bandwidth_gb_s)
+    ridge = best / bandwidth_gb_s
+    slope = f"M{px(x0):.1f} {py(x0 * bandwidth_gb_s):.1f}L{px(ridge):.1f} {py(best):.1f}"
+    parts.append(f'<path class="bold" d="{slope}"><title>copy: {bandwidth_gb_s:g} GB/s</title></path>')
+    for name, value in peaks:
+        start = px(max(value / bandwidth_gb_s, 10.0**x_low))
+        parts.append(f'<path class="bold" d="M{start:.1f} {py(value):.1f}H{width - right}"/>')
+        label = f"{name}: {value:,.0f} GFLOP/s"
+        parts.append(f'<text x="{width - right}" y="{py(value) - 6:.1f}" text-anchor="end">{esc(label)}</text>')
+    taken: list[tuple[float, float]] = []
+    for name, x, y, kind in sorted(points, key=lambda point: (point[3], point[1], -point[2])):
+        at, over = px(x), py(y)
+        shown = f"{name}: {x:.2g} FLOP a byte, {y:,.1f} GFLOP/s"
+        parts.append(f'<circle class="{kind}" cx="{at:.1f}" cy="{over:.1f}" r="4"><title>{esc(shown)}</title></circle>')
+        if kind == "solid":
+            # A name that would cover another moves down, and a line leads to it.
+            label_y = over
+            while any(abs(at - x1) < 100 and abs(label_y - y1) < 14 for x1, y1 in taken):
+                label_y += 14
+            taken.append((at, label_y))
+            parts.append(f'<path class="thin" d="M{at:.1f} {over:.1f}L{at + 12:.1f} {label_y:.1f}"/>')
+            parts.append(f'<text x="{at + 14:.1f}" y="{label_y + 4:.1f}">{esc(name)}</text>')
+    centre, middle = (left + width - right) / 2, (top + height - bottom) / 2
+    parts.append(f'<text x="{centre}" y="{height - 8}" text-anchor="middle">floating-point operations a byte</text>')
+    parts.append(f'<text transform="translate(16 {middle}) rotate(-90)" text-anchor="middle">GFLOP/s</text>')
+    label = f"{title}: slope {bandwidth_gb_s:g} GB/s, " + ", ".join(
+        f"{name} {value:g} GFLOP/s" for name, value in peaks
+    )
+    return _figure(title, label, width, height, parts)
+
+
+def _figure(title: str, label: str, width: int, height: int, parts: Sequence[str]) -> str:
     return (
         f'<figure class="chart"><figcaption>{esc(title)}</figcaption><svg viewBox="0 0 {width} {height}" role="img" '
         f'aria-label="{esc(label)}">{"".join(parts)}</svg></figure>'
@@ -155,16 +225,23 @@ video { display: block; width: 100%; aspect-ratio: 1; object-fit: contain; backg
 .chips { display: flex; flex-wrap: wrap; gap: 4px 10px; list-style: none; margin: 6px 0 0; padding: 0;
   font-size: 13px; }
 .chips .yes { color: var(--yes); } .chips .no { color: var(--no); } .chips span { font-weight: 700; }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(440px, 1fr)); gap: 16px; }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(440px, 1fr)); gap: 16px; margin: 16px 0; }
+.charts.wide-ones { grid-template-columns: 1fr; }
 @media (max-width: 560px) { .charts { grid-template-columns: 1fr; } }
 .chart { padding: 12px; } .chart figcaption { font-weight: 600; } svg { display: block; width: 100%; height: auto; }
 svg text { fill: var(--soft); font-size: 13px; font-variant-numeric: tabular-nums; } svg .grid { stroke: var(--line); }
 svg .axis { stroke: var(--soft); } svg path { fill: none; stroke: var(--accent); stroke-linejoin: round; }
 svg .bold { stroke-width: 2.2; } svg .thin { stroke-width: 1; opacity: 0.4; } svg circle { fill: var(--accent); }
+svg circle.hollow { fill: none; stroke: var(--soft); }
 table { border-collapse: collapse; margin-top: 16px; } th { font-weight: 400; color: var(--soft); text-align: left; }
 th, td { padding: 4px 16px 4px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 td { font-variant-numeric: tabular-nums; overflow-wrap: anywhere; } table.time { width: 100%; max-width: 760px; }
 .time th { white-space: nowrap; color: var(--ink); } .time td:not(.wide) { white-space: nowrap; text-align: right; }
+table.rows { width: 100%; } .rows td, .rows th { white-space: nowrap; }
+.rows thead th, .rows .ours td, .rows .ours th { color: var(--ink); font-weight: 600; }
+.rows thead th, .rows td.number { text-align: right; } .rows tr th:first-child { text-align: left; }
+.rows th.long { white-space: normal; overflow-wrap: anywhere; }
+.rows .bar { margin: 6px 0 0; min-width: 120px; } .scroll { overflow-x: auto; } .rows td.warn { color: var(--no); }
 .wide { width: 60%; vertical-align: middle; } .wide .bar { margin: 0; height: 10px; border-radius: 5px; }
 pre { overflow-x: auto; padding: 14px; background: var(--card); border: 1px solid var(--line); border-radius: 8px;
   font-size: 13px; } details { margin-top: 16px; } summary { cursor: pointer; }

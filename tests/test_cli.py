@@ -200,8 +200,30 @@ def test_a_dry_run_for_slurm_needs_no_torch(tmp_path: Path) -> None:
 
 def test_help_lists_every_job(tmp_path: Path) -> None:
     text = tiny.sorahpc("--help", cwd=tmp_path).stdout
-    for verb in (*JOBS, "pipeline", "status", "logs", "cancel", "report", "demo", "config", "data"):
+    jobs = [job for job in JOBS if not job.startswith("profile-")]
+    for verb in (*jobs, "pipeline", "status", "logs", "cancel", "report", "demo", "config", "data", "profile"):
         assert f"  {verb} " in text, verb
+    text = tiny.sorahpc("profile", "--help", cwd=tmp_path).stdout
+    for verb in ("kernels", "train", "sample", "report"):
+        assert f"  {verb} " in text, verb
+
+
+def test_options_of_profile_are_overrides_of_its_sections(tmp_path: Path, here: Callable[..., Done]) -> None:
+    config = tiny.write_config(tmp_path)
+    done = here("profile", "train", config, "--steps", "3", "--ranks", "0,1", "--cluster", "slurm", "--dry-run")
+    assert "-m sorahpc.cluster.worker --spec" in done.stdout and "jobs/profile-train/spec.json" in done.stdout
+    assert "#SBATCH --ntasks-per-node=2" in done.stdout
+    done = here("profile", "kernels", "kernels.repeats=5", "--only", "K1", "--cluster", "slurm", "--dry-run")
+    assert done.returncode == 0 and "runs/profile/jobs/profile-kernels" in done.stdout, "the shipped config"
+    for args, expected in (
+        (["train", config, "--ranks", "2"], "profile.ranks: expected ranks from 0 to 1, not [2]"),
+        (["train", config, "--tool", "gdb"], "profile.tool: expected 'torch', 'nsys' or 'ncu', found \"gdb\""),
+        (["kernels", "--margin", "-1"], "kernels.margin: expected greater than or equal to 0, found -1"),
+        (["kernels", "--baseline", "nowhere.json", "--dry-run=x"], "--dry-run"),
+    ):
+        done = here("profile", *args)
+        assert done.returncode == 2 and expected in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("cluster", ["local", "slurm"])

@@ -16,7 +16,7 @@ MODULES = sorted((ROOT / "sorahpc").rglob("*.py"))
 FLOORS = {
     0: {"errors", "config", "log", "runs", "page"},
     1: {"ops", "distributed"},
-    2: {"data", "models", "diffusion", "metrics"},
+    2: {"data", "models", "diffusion", "metrics", "profiling"},
     3: {"jobs"},
     4: {"cluster", "cli", "report", "demo", "__main__"},
 }

@@ -286,3 +286,23 @@ def test_a_latent_that_is_not_finite_is_refused_by_name(
     with pytest.raises(NumericsError, match="sample 00000-a-red-circle-moves-left: the latent is not finite"):
         run(configure(world, tmp_path))
     assert not list((tmp_path / "samples").glob("*.mp4"))
+
+
+def test_a_profile_tells_text_model_and_vae_apart_and_makes_no_sample(world: Path, tmp_path: Path) -> None:
+    from sorahpc.profiling.trace import read_summary
+
+    shutil.copytree(world / "runs", tmp_path / "runs")
+    data = configure(world, tmp_path).model_dump(mode="json")
+    data |= {"runs_dir": str(tmp_path / "runs"), "profile": {"warmup_steps": 1, "steps": 3}}
+    config = parse_config(data)
+    sample.profile(config, Task(config.run_dir, "profile-sample", writes=False))
+    (path,) = (config.run_dir / "profile/sample").glob("*_rank0.json")
+    summary = read_summary(path)
+    found = summary.found
+    assert found is not None and found.steps == 1 and len(summary.step_ms) == len(summary.recorded_step_ms) == 1
+    # two prompts of 5 frames at 32 x 32 px are 2 x 4 x 4 latents, with and without guidance, in patches of 1 x 2 x 2
+    assert summary.step_tokens == [3 * 2 * 2 * (2 * 2 * 2)]
+    parts = {part.name: part for part in found.parts}
+    assert all(parts[name].other_ms > 0 for name in ("text encoder", "VAE"))
+    assert all(parts[n].forward_ms > 0 and not parts[n].backward_ms for n in ("self attention", "mlp", "last layer"))
+    assert not config.samples_dir.exists()

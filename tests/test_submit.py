@@ -114,7 +114,7 @@ def test_the_script_is_pure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["encode", "train", "sample"])
+@pytest.mark.parametrize("name", ["encode", "train", "sample", "profile"])
 def test_the_shipped_sbatch_script_makes_the_same_request(name: str) -> None:
     shipped = (tiny.ROOT / "slurm" / f"{name}.sbatch").read_text()
     mine = options(shipped)
@@ -124,7 +124,8 @@ def test_the_shipped_sbatch_script_makes_the_same_request(name: str) -> None:
         "train": {**tiny.config_data()["train"], "resources": gang},
         "sample": {"prompts": "p", "resources": {"tasks": 4}},
     }
-    text = script(config(**{**sections, "cluster": {**SLURM, "max_array_parallel": 256}}), JOBS[name], [])
+    job = JOBS["profile-kernels" if name == "profile" else name]
+    text = script(config(**{**sections, "cluster": {**SLURM, "max_array_parallel": 256}}), job, [])
     theirs = options(text)
     named = {"--job-name", "--comment", "--output"}  # what the launcher names after its run folder
     if "--array" in theirs:
@@ -137,7 +138,7 @@ def test_the_shipped_sbatch_script_makes_the_same_request(name: str) -> None:
         return flags, words[python : python + 3]
 
     assert worker_and_flags(srun_words(shipped)) == worker_and_flags(srun_words(text))
-    assert srun_words(shipped)[-2:] == [name, "$@"]
+    assert srun_words(shipped)[-2:] == ["$job" if name == "profile" else name, "$@"]
     assert '. "$SLURM_SUBMIT_DIR/slurm/env.sh"' in shipped
     assert "\n".join(env_sh()) in text  # the same environment and requeue trap, as text
     assert subprocess.run(["bash", "-n"], input=shipped, text=True).returncode == 0

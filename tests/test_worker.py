@@ -364,3 +364,67 @@ def test_the_heartbeat_goes_on_through_a_long_step(tmp_path: Path, monkeypatch: 
 def test_a_wrong_call_is_one_line(tmp_path: Path, args: list[str]) -> None:
     done = worker(*args, cwd=tmp_path)
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Nsight. It needs a GPU: here a stand-in takes its place, which notes how it was called and runs the rest.
+
+STAND_IN = """#!/bin/bash
+printf '%s\\n' "$(basename "$0")" "$@" >>"$NOTES"
+while [ "$1" != "$REAL_PYTHON" ]; do shift; done
+exec "$@"
+"""
+
+
+def with_tool(tmp_path: Path, name: str) -> dict[str, str]:
+    """The environment with a stand-in for nsys or ncu in front."""
+    path = tmp_path / "bin" / name
+    path.parent.mkdir()
+    path.write_text(STAND_IN)
+    path.chmod(0o755)
+    search = f"{path.parent}{os.pathsep}{os.environ['PATH']}"
+    return {"PATH": search, "NOTES": str(tmp_path / "notes"), "REAL_PYTHON": sys.executable}
+
+
+def test_only_the_chosen_rank_runs_under_nsight(tmp_path: Path) -> None:
+    env = with_tool(tmp_path, "nsys")
+    tiny.write_config(tmp_path, profile={"tool": "nsys", "ranks": [1]})
+    done = tiny.sorahpc("profile", "train", "tiny.yaml", cwd=tmp_path, **env)
+    assert done.returncode == 0, done.stderr
+    notes = (tmp_path / "notes").read_text().splitlines()
+    assert notes[:2] == ["nsys", "profile"] and notes.count("nsys") == 1
+    assert "--capture-range=cudaProfilerApi" in notes and "--trace=cuda,nvtx,osrt" in notes
+    (out,) = [note for note in notes if note.startswith("--output=")]
+    assert out.startswith(f"--output={tmp_path}/runs/tiny/profile/train/nsys_") and out.endswith("_rank1")
+    log = (tmp_path / "runs/tiny/jobs/profile-train/log/rank1.log").read_text()
+    assert "start: profile-train, rank 1 of 2" in log and log.count("start:") == 1
+    assert status(tmp_path, "profile-train")["state"] == "done"
+
+
+def test_a_lease_is_not_in_the_way_of_the_writer_under_nsight(tmp_path: Path) -> None:
+    env = with_tool(tmp_path, "ncu")
+    train = {**tiny.config_data()["train"], "resources": {}}
+    tiny.write_config(tmp_path, train=train, profile={"tool": "ncu"})
+    done = tiny.sorahpc("profile", "train", "tiny.yaml", cwd=tmp_path, **env)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "notes").read_text().startswith("ncu\n--profile-from-start=off\n")
+    by_hand = worker("profile-train", "tiny.yaml", cwd=tmp_path, **env)
+    assert by_hand.returncode == 0, by_hand.stderr
+
+
+@pytest.mark.parametrize(
+    ("tool", "cluster", "code", "expected"),
+    [
+        ("nsys", "local", 3, "nsys: not found on this node; load its module"),
+        ("ncu", "local", 2, "profile.tool: ncu runs each kernel several times, and the 2 ranks of this job would wait"),
+        ("nsys", "inline", 3, "nsys: not found on this node"),
+    ],
+)
+def test_what_nsight_can_not_do_is_one_line(tmp_path: Path, tool: str, cluster: str, code: int, expected: str) -> None:
+    tiny.write_config(tmp_path, profile={"tool": tool}, cluster={"kind": cluster})
+    if cluster == "inline":
+        tiny.write_config(tmp_path, profile={"tool": tool}, cluster={"kind": cluster}, train={
+            **tiny.config_data()["train"], "resources": {},
+        })  # fmt: skip
+    done = tiny.sorahpc("profile", "train", "tiny.yaml", cwd=tmp_path, PATH="/usr/bin:/bin")
+    assert done.returncode == code and expected in done.stderr and "Traceback" not in done.stderr, done.stderr

@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sorahpc.cluster import nsight
 from sorahpc.cluster.lease import Lease, identity, is_alive
-from sorahpc.cluster.worker import Heartbeat, Place, Spec, execute, resources
+from sorahpc.cluster.worker import Heartbeat, Place, Spec, execute, resources, section_of
 from sorahpc.config import Config, dump_config, load_config
 from sorahpc.errors import ConfigError, SetupError, Stopped
 from sorahpc.runs import JobFolder, Task, atomic_write, read_state, write_json
@@ -38,7 +39,12 @@ class Job:
 
     @property
     def module(self) -> str:
-        return f"sorahpc.jobs.{self.name.replace('-', '_')}"
+        return f"sorahpc.jobs.{section_of(self.name)}"
+
+    @property
+    def function(self) -> str:
+        """`profile` of the module that it profiles, for a job that profiles another."""
+        return "profile" if self.name.startswith("profile-") else "run"
 
 
 JOBS = {
@@ -50,6 +56,9 @@ JOBS = {
         Job("sample", "array", ("vae", "text", "sample"), "Checkpoint and prompts -> mp4 files."),
         Job("evaluate", "array", ("vae",), "Samples and VAE -> figures and clips for the report."),
         Job("train-vae", "array", ("train_vae",), "Manifest -> a small autoencoder of your own."),
+        Job("profile-kernels", "array", (), "The ops beside their peers and this node's limits."),
+        Job("profile-train", "gang", ("model", "train"), "Steps of training under a profiler."),
+        Job("profile-sample", "array", ("vae", "text", "sample"), "Steps of sampling under a profiler."),
     )
 }
 PIPELINE = ("prepare", "encode", "train", "sample")
@@ -73,7 +82,7 @@ def folder_of(config: Config, job: Job) -> JobFolder:
 
 def make_spec(config: Config, job: Job) -> Spec:
     path = folder_of(config, job).config.absolute()
-    spec = Spec(job.name, job.module, "run", job.kind, str(path), os.getcwd())
+    spec = Spec(job.name, job.module, job.function, job.kind, str(path), os.getcwd())
     spec.check("spec")
     return spec
 
@@ -259,6 +268,9 @@ def launch(
 def run_inline(config: Config, job: Job, launch_id: str, progress: bool) -> int:
     """The job in this process, as the one task of one. Prints how it ended, unless well, as the local launcher does."""
     import contextlib
+
+    if nsight.command(config, job.name, 0, 1, os.environ):
+        raise ConfigError(f"profile.tool: {config.profile.tool} starts a process of its own; use cluster kind local")
 
     from sorahpc.cluster.local import log_sizes, tell_end
     from sorahpc.cluster.signals import StopFlag

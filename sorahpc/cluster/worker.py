@@ -26,9 +26,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from sorahpc.cluster import nsight
 from sorahpc.cluster.lease import HEARTBEAT_S, Lease, identity
 from sorahpc.cluster.signals import StopFlag, die_with, ignore_stop_signals
-from sorahpc.config import Config, load_config
+from sorahpc.config import ArrayResources, Config, load_config
 from sorahpc.errors import ConfigError, NoProgressError, SetupError, SoraHPCError, Stopped
 from sorahpc.log import number, task_logging
 from sorahpc.runs import JobFolder, Task, read_state, write_json
@@ -150,10 +151,20 @@ class Place:
         return place
 
 
+def section_of(job: str) -> str:
+    """The config section that a job is described in: `train` for train and for profile-train."""
+    return job.removeprefix("profile-").replace("-", "_")
+
+
 def resources(config: Config, job: str) -> Any:
-    """The resources section of a job (ArrayResources or GangResources); None for a job without one."""
-    section = getattr(config, job.replace("-", "_"), None)
-    return getattr(section, "resources", None)
+    """What a job asks for (ArrayResources or GangResources); None for a job without it.
+
+    A profile of an array of tasks is that of one of them.
+    """
+    wanted = getattr(getattr(config, section_of(job), None), "resources", None)
+    if job.startswith("profile-") and isinstance(wanted, ArrayResources):
+        return wanted.model_copy(update={"tasks": 1})
+    return wanted
 
 
 def export_gang(place: Place, env: Any) -> None:
@@ -375,6 +386,8 @@ def main(argv: list[str] | None = None) -> int:
                 record(config, job, place.launch, place.restart, place.world_size)
         else:
             raise ConfigError("usage: python -m sorahpc.cluster.worker --spec SPEC.json | JOB CONFIG [key=value ...]")
+        if nsight_command := nsight.command(config, spec.job, place.rank, place.world_size, os.environ):
+            nsight.become(nsight_command)
         wanted = resources(config, spec.job)
         cpus = os.environ.get("SLURM_CPUS_PER_TASK") or str(wanted.cpus_per_task if wanted else 1)
         os.environ.setdefault("OMP_NUM_THREADS", cpus)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -32,9 +33,11 @@ from sorahpc.diffusion.sampler import euler, guided
 from sorahpc.distributed import megatron
 from sorahpc.distributed.checkpoint import MANIFEST, Meta, latest
 from sorahpc.errors import CheckpointError, ConfigError, NumericsError, SetupError, Stopped
-from sorahpc.models.dit import load_ema_for_sampling
+from sorahpc.models.dit import DiT, load_ema_for_sampling
 from sorahpc.models.text import TextEncoder, load_text
 from sorahpc.models.vae import Vae, load_vae
+from sorahpc.profiling.page import write_profile_page
+from sorahpc.profiling.trace import num_steps, recorded, span
 from sorahpc.runs import Task, write_json
 
 log = logging.getLogger(__name__)
@@ -121,6 +124,38 @@ def run(config: Config, task: Task) -> None:
         megatron.stop()
 
 
+def profile(config: Config, task: Task) -> None:
+    """The first pack, made again and again under a profiler with `profile.steps` Euler steps; no sample is written.
+
+    Raises:
+        As `run`.
+    """
+    config.need("sample", "vae", "text")
+    assert config.sample is not None
+    how, folder = config.profile, config.run_dir / "profile"
+    checkpoint = _checkpoint(config)
+    items = plan(config, read_prompts(config.sample.prompts), checkpoint)[: config.sample.prompts_per_pack]
+    few = config.model_copy(update={"sample": config.sample.model_copy(update={"steps": how.steps})})
+    once = how.model_copy(update={"steps": 1})  # what is recorded is one pack, from its text to its frames
+    try:
+        models = _load(config, checkpoint, task.local_rank)
+        _check_sizes(config, items, models)
+        assert isinstance(models.model, DiT)
+        shapes = [models.vae.latent_shape(item.frames, item.height, item.width) for item in items]
+        volumes = [math.prod(shape[1:]) for shape in shapes]
+        tokens = how.steps * sum(volumes) // math.prod(models.patch) * (1 if config.sample.cfg_scale == 1 else 2)
+        total = num_steps(once)
+        recording = recorded(once, folder / "sample", task, models.device, models.model.parts())
+        with recording as pack_done, ops.chosen(config.ops):
+            for i in range(total):
+                make_pack(items, models, few)
+                pack_done(tokens)
+                task.report(i + 1, total, "pack")
+        log.info("wrote %s", write_profile_page([folder], folder / "index.html"))
+    finally:
+        megatron.stop()
+
+
 def plan(config: Config, prompts: list[Prompt], checkpoint: Path) -> list[Item]:
     """Every sample of the prompts file, in order, with all settings that its bits depend on."""
     s = config.sample
@@ -174,7 +209,8 @@ def make_pack(unit: list[Item], models: Models, config: Config) -> list[tuple[np
         NumericsError: a latent is not finite.
     """
     assert config.sample is not None
-    *embeddings, empty = models.text.encode([*(item.prompt.text for item in unit), ""])
+    with span("text encoder"):
+        *embeddings, empty = models.text.encode([*(item.prompt.text for item in unit), ""])
     shapes = [models.vae.latent_shape(item.frames, item.height, item.width) for item in unit]  # [C,T,H,W] each
     channels, patch, device = models.meta.channels, models.patch, models.device
     grids = torch.tensor([[n // p for n, p in zip(shape[1:], patch, strict=True)] for shape in shapes])  # [S,3]
@@ -183,7 +219,8 @@ def make_pack(unit: list[Item], models: Models, config: Config) -> list[tuple[np
     velocity = guided(
         models.model, grids, [e.to(device) for e in embeddings], empty.to(device), config.sample.cfg_scale
     )
-    x = euler(velocity, x, config.sample.steps, config.sample.t_shift)
+    with span("forward"):
+        x = euler(velocity, x, config.sample.steps, config.sample.t_shift)
     flat = ops.unpatchify(x, grids, channels, patch).float()
 
     mean = torch.tensor(models.meta.latent_mean, device=device)[:, None, None, None]
@@ -196,7 +233,8 @@ def make_pack(unit: list[Item], models: Models, config: Config) -> list[tuple[np
                 f"sample {item.name}: the latent is not finite (cfg_scale {config.sample.cfg_scale}, checkpoint step "
                 f"{models.meta.step}); sample from another checkpoint or with a smaller sample.cfg_scale"
             )
-        clips.append((models.vae.decode(latent), len(text)))
+        with span("VAE"):
+            clips.append((models.vae.decode(latent), len(text)))
     return clips
 
 

@@ -33,6 +33,8 @@ from sorahpc.distributed.ema import Ema
 from sorahpc.distributed.mesh import Mesh
 from sorahpc.errors import CheckpointError, DataError, NumericsError, SetupError, Stopped
 from sorahpc.models.dit import DiT
+from sorahpc.profiling.page import write_profile_page
+from sorahpc.profiling.trace import num_steps, recorded, span
 from sorahpc.runs import Task, atomic_write
 
 log = logging.getLogger(__name__)
@@ -46,8 +48,15 @@ def run(config: Config, task: Task) -> None:
         doesn't fit. CheckpointError: a checkpoint that was altered or is of another model. Stopped: saved on request.
         NumericsError: a loss or gradient that is not finite.
     """
+    with _started(config, task) as (cache, mesh):
+        _train(config, task, cache, mesh)
+
+
+@contextlib.contextmanager
+def _started(config: Config, task: Task) -> Iterator[tuple[LatentCache, Mesh]]:
+    """The cache, and the mesh of the ranks that this process is one of."""
     config.need("model", "train")
-    assert config.model is not None and config.train is not None
+    assert config.train is not None
     train = config.train
     if task.world_size != train.resources.world_size:
         raise SetupError(
@@ -58,7 +67,7 @@ def run(config: Config, task: Task) -> None:
     mesh = megatron.start(task.rank, task.world_size, task.local_rank, tp=train.tp, sp=train.sp)
     try:
         with ops.chosen(config.ops):
-            _train(config, task, cache, mesh)
+            yield cache, mesh
     finally:
         megatron.stop()
 
@@ -66,7 +75,6 @@ def run(config: Config, task: Task) -> None:
 def _train(config: Config, task: Task, cache: LatentCache, mesh: Mesh) -> None:
     train, model_config = config.train, config.model
     assert train is not None and model_config is not None
-    dtype = pick_dtype(train, mesh.device)
     root = config.run_dir / "checkpoints"
 
     found = checkpoint.latest(root)
@@ -76,14 +84,12 @@ def _train(config: Config, task: Task, cache: LatentCache, mesh: Mesh) -> None:
         _check_cache(meta, cache, config.cache_dir, found)
         _check_optimizer(meta, train, found)
 
-    model = DiT(model_config, mesh, channels=cache.channels, text_dim=cache.text_dim, dtype=dtype, seed=train.seed)
-    ddp = megatron.wrap_ddp(model, model.config)
-    optimizer = megatron.make_optimizer(ddp, train, mesh, dtype)
-    ema = Ema(model, optimizer, mesh, train.ema_decay)
+    learner = make_learner(config, cache, mesh)
+    state = (learner.model, learner.optimizer, learner.ema)  # what a checkpoint holds
 
     step, consumed, mean, std = 0, 0, cache.mean, cache.std
     if found is not None and meta is not None:
-        checkpoint.load(found, model, optimizer, ema, mesh)
+        checkpoint.load(found, *state, mesh)
         step, consumed = meta.step, meta.consumed
         mean, std = torch.tensor(meta.latent_mean), torch.tensor(meta.latent_std)
         log.info("resumed from %s at step %d of %d", found, step, train.steps)
@@ -99,10 +105,10 @@ def _train(config: Config, task: Task, cache: LatentCache, mesh: Mesh) -> None:
     loader = Loader(cache, packer, config, mean, std, mesh)
     metrics = Metrics(config.run_dir, step) if mesh.rank == 0 else None
     if mesh.rank == 0:
-        parameters = sum(p.numel() for p in model.parameters())
+        parameters = sum(p.numel() for p in learner.model.parameters())
         log.info(
             "%d parameters on this rank, %s, tp %d%s, dp %d, %d samples",
-            parameters, dtype, mesh.tp_size, " with sp" if mesh.sp else "", mesh.dp_size, len(cache),
+            parameters, learner.model.dtype, mesh.tp_size, " with sp" if mesh.sp else "", mesh.dp_size, len(cache),
         )  # fmt: skip
 
     def save() -> None:
@@ -118,7 +124,7 @@ def _train(config: Config, task: Task, cache: LatentCache, mesh: Mesh) -> None:
             samples=len(cache),
             world={"tp": mesh.tp_size, "dp": mesh.dp_size},
         )
-        folder = checkpoint.save(root, meta, model, optimizer, ema, mesh, keep=train.keep)
+        folder = checkpoint.save(root, meta, *state, mesh, keep=train.keep)
         if mesh.rank == 0:
             log.info("saved %s", folder)
 
@@ -126,16 +132,11 @@ def _train(config: Config, task: Task, cache: LatentCache, mesh: Mesh) -> None:
         while step < train.steps:
             start = time.perf_counter()
             batch, packs = loader.next(consumed)
-            loss = accumulate_gradients(ddp, packs, loader.batch_tokens(batch) * model.patch_dim, mesh)
-            norm = megatron.gradient_norm(optimizer)
+            loss, norm = learner.gradients(packs, loader.batch_tokens(batch))
             bad, stop = mesh.any_rank(not (math.isfinite(loss) and math.isfinite(norm)), task.stop_requested())
             if bad:
                 _refuse(step + 1, loss, norm, batch, cache)
-            lr = learning_rate(step, train)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            megatron.clip_and_step(optimizer, norm, train.clip_grad)
-            ema.update()
+            lr = learner.update(step, norm)
             step, consumed, step_consumed = step + 1, batch.consumed, batch.consumed - consumed
 
             seconds = time.perf_counter() - start
@@ -150,6 +151,80 @@ def _train(config: Config, task: Task, cache: LatentCache, mesh: Mesh) -> None:
                 save()
             if stop and step < train.steps:
                 raise Stopped(f"stopped on request at step {step} of {train.steps}; saved")
+
+
+def profile(config: Config, task: Task) -> None:
+    """Steps of the same training under a profiler, from fresh weights; nothing of the run but its profile is written.
+
+    Raises:
+        As `run`.
+    """
+    folder = config.run_dir / "profile"
+    with _started(config, task) as (cache, mesh):
+        learner = make_learner(config, cache, mesh)
+        loader = Loader(cache, make_packer(cache, config), config, cache.mean, cache.std, mesh)
+        total, consumed = num_steps(config.profile), 0
+        recording = recorded(config.profile, folder / "train", task, mesh.device, learner.model.parts())
+        with loader, recording as step_done:
+            for step in range(total):
+                batch, packs = loader.next(consumed)
+                loss, norm = learner.gradients(packs, loader.batch_tokens(batch))
+                if not (math.isfinite(loss) and math.isfinite(norm)):
+                    _refuse(step + 1, loss, norm, batch, cache)
+                learner.update(step, norm)
+                consumed = batch.consumed
+                step_done(loader.batch_tokens(batch))
+                task.report(step + 1, total, "step")
+        mesh.any_rank(False)  # all have written
+        if task.rank == 0:
+            log.info("wrote %s", write_profile_page([folder], folder / "index.html"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A step
+
+
+@dataclass(frozen=True)
+class Learner:
+    """The model on this rank, what updates it, and its averaged weights."""
+
+    train: TrainConfig
+    mesh: Mesh
+    model: DiT
+    ddp: Any
+    optimizer: Any
+    ema: Ema
+
+    def gradients(self, packs: list[PackBatch], tokens: int) -> tuple[float, float]:
+        """Forward, backward and reductions of this rank's packs, of a global batch of `tokens`.
+
+        Returns:
+            The global batch's loss and gradient norm, the same on every rank.
+        """
+        loss = accumulate_gradients(self.ddp, packs, tokens * self.model.patch_dim, self.mesh)
+        with span("gradient norm"):
+            return loss, megatron.gradient_norm(self.optimizer)
+
+    def update(self, step: int, norm: float) -> float:
+        """Clip, step and average; `step` counts from 0. Returns the learning rate."""
+        lr = learning_rate(step, self.train)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        with span("optimizer"):
+            megatron.clip_and_step(self.optimizer, norm, self.train.clip_grad)
+        with span("ema"):
+            self.ema.update()
+        return lr
+
+
+def make_learner(config: Config, cache: LatentCache, mesh: Mesh) -> Learner:
+    """As a training begins: fresh weights, the same for any layout."""
+    assert config.train is not None and config.model is not None
+    train, dtype = config.train, pick_dtype(config.train, mesh.device)
+    model = DiT(config.model, mesh, channels=cache.channels, text_dim=cache.text_dim, dtype=dtype, seed=train.seed)
+    ddp = megatron.wrap_ddp(model, model.config)
+    optimizer = megatron.make_optimizer(ddp, train, mesh, dtype)
+    return Learner(train, mesh, model, ddp, optimizer, Ema(model, optimizer, mesh, train.ema_decay))
 
 
 def pick_dtype(train: TrainConfig, device: torch.device) -> torch.dtype:
@@ -180,11 +255,14 @@ def accumulate_gradients(ddp: Any, packs: list[PackBatch], elements: int, mesh: 
     total = torch.zeros((), dtype=torch.float64, device=mesh.device)
     for i, pack in enumerate(packs):
         with ddp.no_sync() if i + 1 < len(packs) else contextlib.nullcontext():
-            velocity = ddp(pack.tokens, pack.t, pack.grids, pack.text, pack.text_lens)
-            loss = (velocity - pack.target).square().sum() / elements
-            loss.backward()
+            with span("forward"):
+                velocity = ddp(pack.tokens, pack.t, pack.grids, pack.text, pack.text_lens)
+                loss = (velocity - pack.target).square().sum() / elements
+            with span("backward"):
+                loss.backward()
         total += loss.detach().double()
-    megatron.finalize_grads(ddp)
+    with span("gradient reduction"):
+        megatron.finalize_grads(ddp)
     return mesh.dp_sum(total.item())[0]
 
 
@@ -284,7 +362,8 @@ class Loader:
         """The global batch at `consumed`, and this rank's packs of it."""
         if self.ahead is None or self.ahead[0] != consumed:
             self.ahead = (consumed, self.thread.submit(self._build, consumed))
-        batch, packs = self.ahead[1].result()
+        with span("wait for data"):
+            batch, packs = self.ahead[1].result()
         self.ahead = (batch.consumed, self.thread.submit(self._build, batch.consumed))
         return batch, packs
 

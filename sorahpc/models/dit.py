@@ -158,6 +158,19 @@ class DiT(nn.Module):
             self.final = megatron.replicated(_zeroed(nn.Linear(model.dim, patch_dim)), mesh)
         self.to(device=mesh.device, dtype=dtype)
 
+    def parts(self) -> list[tuple[str, nn.Module]]:
+        """What a profile tells apart, outer before inner: a block's own time is what lies between its layers."""
+        found: list[tuple[str, nn.Module]] = [
+            ("patch embedding", self.x_embed),
+            ("timestep embedding", self.t_embed),
+            ("text embedding", self.text_embed),
+            ("last layer", self.final),
+        ]
+        for block in self.blocks:
+            found.append(("residuals, norms, modulation", block))
+            found += [(name.replace("_", " "), layer) for name, layer in block.named_children()]
+        return found
+
     def forward(self, tokens: Tensor, t: Tensor, grids: Tensor, text: Tensor, text_lens: list[int]) -> Tensor:
         """Velocity of every token.
 

@@ -258,6 +258,19 @@ def test_sbatch_with_the_shipped_script_starts_every_rank_and_status_shows_it(
     assert "rank 1 of 2" in cli("logs", "tiny", "train", "--rank", "1")
 
 
+def test_a_profile_of_training_is_a_gang_through_submitit_and_through_sbatch(
+    cli: Cli, sbatch_env: dict[str, str]
+) -> None:
+    config = tiny.write_config(cli.folder, runs_dir=str(cli.folder / "runs"), cluster=SLURM, train=gang(nodes=2))
+    job_id = str(json.loads(cli("profile", "train", config, "--json"))["job_id"])
+    cli.cluster.wait_for_job(job_id, "COMPLETED")
+    assert "start: profile-train, rank 1 of 2" in cli("logs", "tiny", "profile-train", "--rank", "1")
+    by_hand = sbatch(cli, "profile", "train", config, SBATCH_NODES="2", **sbatch_env)
+    cli.cluster.wait_for_job(by_hand, "COMPLETED")
+    status = cli.status("profile-train")
+    assert (status["state"], status["job_id"]) == ("done", by_hand)
+
+
 def test_sbatch_array_with_the_shipped_script(cli: Cli, sbatch_env: dict[str, str]) -> None:
     config = tiny.write_config(cli.folder, runs_dir=str(cli.folder / "runs"))
     job_id = sbatch(cli, "encode", config, **sbatch_env)

@@ -28,23 +28,35 @@ from sorahpc.ops.rope import qk_norm_rope3d, rope3d
 
 AXES, THETA = (44, 42, 42), 1e4
 OURS = "sorahpc"
+Outputs = Tensor | tuple[Tensor, ...]
 
 
 @dataclass
 class Case:
     """One row group of the table.
 
-    `bytes`: read and written at the least. `calls`: name -> what to time, ours first. `results`: name -> what it
-    computes as one tensor, compared with ours, to `tolerance` of its norm, before anything is timed.
+    Attributes:
+        bytes: read and written at the least.
+        flops: additions and multiplications of the formula, with tables and random numbers for granted.
+        calls: name -> what to time, ours first.
+        tolerance: what a candidate computes may differ from ours by this share of its norm.
+        results: name -> what to compare with ours, of the candidates that don't return it when they are timed.
+        compared: so many of the results, from the first, where a peer loses the others.
     """
 
     name: str
     dtype: torch.dtype
     shape: str
     bytes: int
-    calls: dict[str, Callable[[], object]]
+    flops: int
+    calls: dict[str, Callable[[], Outputs]]
     tolerance: float
-    results: dict[str, Callable[[], Tensor]] = field(default_factory=dict)
+    results: dict[str, Callable[[], Outputs]] = field(default_factory=dict)
+    compared: int | None = None
+
+    def result(self, name: str) -> tuple[Tensor, ...]:
+        out = self.results.get(name, self.calls[name])()
+        return (out,) if isinstance(out, Tensor) else out[: self.compared]
 
 
 def pack_grids(num_tokens: int) -> Tensor:
@@ -84,8 +96,11 @@ def _both(turn: Callable[..., Tensor], q: Tensor, k: Tensor, *tables: Tensor) ->
     return turn(q, *tables), turn(k, *tables)
 
 
-def _first(call: Callable[[], tuple[Tensor, ...]]) -> Tensor:
-    return call()[0]
+def _step(
+    forward: Callable[..., tuple[Tensor, ...]], inputs: tuple[Tensor, ...], grads: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
+    """Forward and backward: the gradients of `inputs`."""
+    return torch.autograd.grad(forward(*inputs), inputs, grads)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -105,7 +120,7 @@ def _rope_inputs(num_tokens: int, heads: int, dtype: torch.dtype, device: torch.
 def rope_case(num_tokens: int, heads: int, dtype: torch.dtype, device: torch.device) -> Case:
     grids, q, k, cos, sin = _rope_inputs(num_tokens, heads, dtype, device)
     wide_cos, wide_sin, by = cos.repeat_interleave(2, -1), sin.repeat_interleave(2, -1), torch.complex(cos, sin)
-    calls: dict[str, Callable[[], tuple[Tensor, ...]]] = {OURS: partial(rope3d, q, k, grids, AXES, THETA)}
+    calls: dict[str, Callable[[], Outputs]] = {OURS: partial(rope3d, q, k, grids, AXES, THETA)}
     for name, function, tables in (
         ("real", rope_real, (wide_cos, wide_sin)),
         ("complex", rope_complex, (by,)),
@@ -120,9 +135,9 @@ def rope_case(num_tokens: int, heads: int, dtype: torch.dtype, device: torch.dev
         dtype=dtype,
         shape=f"L={len(q)} N={heads} D={sum(AXES)}",
         bytes=4 * q.nbytes,
-        calls=dict(calls),
+        flops=3 * 2 * q.numel(),  # of a pair four products and two sums
+        calls=calls,
         tolerance=2e-2 if dtype.itemsize == 2 else 1e-5,
-        results={name: partial(_first, call) for name, call in calls.items()},
     )
 
 
@@ -130,8 +145,8 @@ def qk_norm_case(num_tokens: int, heads: int, dtype: torch.dtype, device: torch.
     grids, q, k, cos, sin = _rope_inputs(num_tokens, heads, dtype, device)
     wide_cos, wide_sin = cos.repeat_interleave(2, -1), sin.repeat_interleave(2, -1)
     wq, wk = (torch.ones(sum(AXES), device=device).to(dtype).requires_grad_() for _ in range(2))
-    q.requires_grad_(), k.requires_grad_()
-    dq, dk = torch.randn_like(q), torch.randn_like(k)
+    inputs = (q.requires_grad_(), k.requires_grad_(), wq, wk)
+    grads = (torch.randn_like(q), torch.randn_like(k))
 
     def expression(q: Tensor, k: Tensor, wq: Tensor, wk: Tensor, *, real: bool = False) -> tuple[Tensor, Tensor]:
         q, k = rms_norm(q, wq, 1e-6), rms_norm(k, wk, 1e-6)
@@ -142,25 +157,20 @@ def qk_norm_case(num_tokens: int, heads: int, dtype: torch.dtype, device: torch.
     def ours(q: Tensor, k: Tensor, wq: Tensor, wk: Tensor) -> tuple[Tensor, Tensor]:
         return qk_norm_rope3d(q, k, wq, wk, grids, AXES, THETA)
 
-    def step(forward: Callable[..., tuple[Tensor, Tensor]]) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(forward(q, k, wq, wk), (q, k, wq, wk), (dq, dk))
-
-    real = torch.compile(lambda *x: expression(*x, real=True), dynamic=False)
-    split = torch.compile(expression, dynamic=False)
-    calls: dict[str, Callable[[], tuple[Tensor, ...]]] = {
-        OURS: lambda: step(ours),
-        "eager split": lambda: step(expression),
-        "compile split": lambda: step(split),
-        "compile real": lambda: step(real),
+    forwards: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
+        OURS: ours,
+        "eager split": expression,
+        "compile split": torch.compile(expression, dynamic=False),
+        "compile real": torch.compile(partial(expression, real=True), dynamic=False),
     }
     return Case(
         name="K2 qk-norm + rope3d forward + backward",
         dtype=dtype,
         shape=f"L={len(q)} N={heads} D={sum(AXES)}",
         bytes=(4 + 6) * q.nbytes,
-        calls=dict(calls),
+        flops=(7 + 13) * 2 * q.numel(),  # norm 4, turn 3; turned back 3, the norm's gradient 7, the weight's 3
+        calls={name: partial(_step, forward, inputs, grads) for name, forward in forwards.items()},
         tolerance=3e-2 if dtype.itemsize == 2 else 1e-4,
-        results={name: partial(_first, call) for name, call in calls.items()},
     )
 
 
@@ -194,24 +204,21 @@ def residual_norm_case(num_tokens: int, heads: int, dtype: torch.dtype, device: 
     def ours(x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         return residual_norm(x, branch, lens, gate, shift, scale)
 
-    def step(forward: Callable[..., tuple[Tensor, Tensor]]) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(forward(*inputs), inputs, grads)
-
     forwards: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
         OURS: ours,
         "eager repeat": by_repeat,
         "compile repeat": torch.compile(by_repeat, dynamic=False),
         "compile index": torch.compile(by_index, dynamic=False),
     }
-    calls = {name: partial(step, forward) for name, forward in forwards.items()}
     return Case(
         name="K3 gated residual + norm + modulate forward + backward",
         dtype=dtype,
         shape=f"L={length} M={dim} S={len(lens)}",
         bytes=(4 + 6) * x.nbytes,
-        calls=dict(calls),
+        flops=(9 + 15) * x.numel(),  # residual 2, moments 4, norm and modulation 3; the norm's gradient 9, the others 6
+        calls={name: partial(_step, forward, inputs, grads) for name, forward in forwards.items()},
         tolerance=3e-2 if dtype.itemsize == 2 else 1e-4,
-        results={name: partial(_first, call) for name, call in calls.items()},
+        compared=2,  # indexing adds up those of gate, shift and scale in bfloat16: 5 % off at 64 tokens a sample
     )
 
 
@@ -245,19 +252,18 @@ def patchify_case(num_tokens: int, heads: int, dtype: torch.dtype, device: torch
     def by_permute(latents: Tensor) -> Tensor:
         return torch.cat([_cut(z) for z in _split_clips(latents, grids, channels)])
 
-    calls: dict[str, Callable[[], Tensor]] = {
-        OURS: partial(patchify, latents, grids, channels, PATCH),
-        "eager permute": partial(by_permute, latents),
-        "compile permute": partial(torch.compile(by_permute, dynamic=False), latents),
-    }
     return Case(
         name="K4 patchify",
         dtype=dtype,
         shape=f"C={channels} patch={PATCH} S={len(grids)} L={int(grids.prod(-1).sum())}",
         bytes=2 * latents.nbytes,
-        calls=dict(calls),
+        flops=0,
+        calls={
+            OURS: partial(patchify, latents, grids, channels, PATCH),
+            "eager permute": partial(by_permute, latents),
+            "compile permute": partial(torch.compile(by_permute, dynamic=False), latents),
+        },
         tolerance=0.0,
-        results=dict(calls),
     )
 
 
@@ -276,20 +282,26 @@ def flow_patchify_case(num_tokens: int, heads: int, dtype: torch.dtype, device: 
             targets.append(_cut(noise - z))
         return torch.cat(tokens), torch.cat(targets)
 
-    def same_noise() -> Tensor:
-        """The chain with the op's own noise, which is what it adds at t = 1 to nothing."""
-        eps = flow_patchify(torch.zeros_like(latents), torch.ones_like(t), ids, grids, channels, PATCH, seed=0)[0]
-        return chain(unpatchify(eps, grids, channels, PATCH))[0]
+    compiled = torch.compile(chain, dynamic=False)
 
-    ours = partial(flow_patchify, latents, t, ids, grids, channels, PATCH, seed=0)
+    def same_noise(chain: Callable[[Tensor], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """A chain with the op's own noise, which is what it adds at t = 1 to nothing."""
+        eps = flow_patchify(torch.zeros_like(latents), torch.ones_like(t), ids, grids, channels, PATCH, seed=0)[0]
+        return chain(unpatchify(eps, grids, channels, PATCH))
+
     return Case(
         name="K4 flow_patchify",
         dtype=dtype,
         shape=f"C={channels} patch={PATCH} S={len(grids)} L={int(grids.prod(-1).sum())}",
         bytes=3 * latents.nbytes,
-        calls={OURS: ours, "eager chain": chain, "compile chain": torch.compile(chain, dynamic=False)},
+        flops=4 * latents.numel(),
+        calls={
+            OURS: partial(flow_patchify, latents, t, ids, grids, channels, PATCH, seed=0),
+            "eager chain": chain,
+            "compile chain": compiled,
+        },
         tolerance=1e-2 if dtype.itemsize == 2 else 1e-6,
-        results={OURS: lambda: ours()[0], "eager chain": same_noise},
+        results={"eager chain": partial(same_noise, chain), "compile chain": partial(same_noise, compiled)},
     )
 
 
@@ -309,21 +321,20 @@ def sincos_case(num_tokens: int, heads: int, dtype: torch.dtype, device: torch.d
     def by_table(x: Tensor, table: Tensor) -> Tensor:
         return (x.float() + table).to(x.dtype)
 
-    calls: dict[str, Callable[[], Tensor]] = {
-        OURS: partial(add_sincos3d, x, grids),
-        "eager angles": partial(by_angles, x),
-        "compile angles": partial(torch.compile(by_angles, dynamic=False), x),
-        "eager table": partial(by_table, x, table),
-        "compile table": partial(torch.compile(by_table, dynamic=False), x, table),
-    }
     return Case(
         name="K5 add_sincos3d",
         dtype=dtype,
         shape=f"L={length} M={dim}",
         bytes=2 * x.nbytes,
-        calls=dict(calls),
+        flops=x.numel(),
+        calls={
+            OURS: partial(add_sincos3d, x, grids),
+            "eager angles": partial(by_angles, x),
+            "compile angles": partial(torch.compile(by_angles, dynamic=False), x),
+            "eager table": partial(by_table, x, table),
+            "compile table": partial(torch.compile(by_table, dynamic=False), x, table),
+        },
         tolerance=2e-2 if dtype.itemsize == 2 else 1e-4,
-        results=dict(calls),
     )
 
 

@@ -1,0 +1,99 @@
+"""profile-kernels: the ops beside their peers and the limits of the node that it runs on.
+
+profile/kernels/<device>.json    ceilings and rows; a baseline for later measurements
+                <device>.csv     the rows as a table
+profile/index.html               all that this run has measured, of every device
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from sorahpc import ops
+from sorahpc.config import Config, KernelsConfig
+from sorahpc.errors import ConfigError, DataError, SetupError, SlowerError, Stopped
+from sorahpc.profiling import timing
+from sorahpc.profiling.cases import CASES, kernel_cases
+from sorahpc.profiling.machine import device_name, slug
+from sorahpc.profiling.page import write_profile_page
+from sorahpc.runs import Task
+
+log = logging.getLogger(__name__)
+
+
+def profile(config: Config, task: Task) -> None:
+    """Measure, write, and compare with `kernels.baseline` where one is given.
+
+    Raises:
+        ConfigError: no case of that name. SetupError: the kernels are not built for this device. DataError: a baseline
+        that can't be read or is of another device. NumericsError: a candidate computes something else. Stopped: on
+        request; nothing is written. SlowerError: an op is slower than the baseline by more than the margin.
+    """
+    wanted = config.kernels
+    if not any(name.startswith(wanted.only) for name in CASES):
+        raise ConfigError(f"kernels.only: the beginning of one of {', '.join(CASES)} expected, found {wanted.only!r}")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if any(bodies[device.type] != "compiled" for bodies in ops.backend()["ops"].values()):
+        raise SetupError(f"kernels: not built for {device.type}, so there is nothing to measure; run `make build` here")
+    before = None
+    if wanted.baseline is not None:
+        path = wanted.baseline
+        before = timing.read_node(path / f"{slug(device)}.json" if path.is_dir() else path)
+        if before.device != device_name(device):
+            raise DataError(f"kernels.baseline: expected one of {device_name(device)}, found one of {before.device}")
+
+    timing.keep_freed_memory()
+    node = _measure(wanted, device, task)
+    folder = config.run_dir / "profile"
+    path = folder / "kernels" / f"{slug(device)}.json"
+    timing.write_node(node, path)
+    timing.write_csv(node.rows, path.with_suffix(".csv"))
+    log.info("wrote %s, its rows as %s, and %s", path, path.with_suffix(".csv").name, folder / "index.html")
+    write_profile_page([folder], folder / "index.html")
+    if before is not None:
+        _judge(node, before, wanted.margin)
+
+
+def _measure(wanted: KernelsConfig, device: torch.device, task: Task) -> timing.Node:
+    ceilings: list[timing.Ceiling] = []
+    rows: list[timing.Row] = []
+    turns = (wanted.threads or (wanted.resources.cpus_per_task,)) if device.type == "cpu" else (1,)
+    total = len(turns) * 2 * sum(name.startswith(wanted.only) for name in CASES)
+    done = 0
+    before = torch.get_num_threads()
+    try:
+        for threads in turns:
+            torch.set_num_threads(threads)
+            torch._dynamo.reset()  # what was compiled knows the number of threads
+            ceilings += timing.ceilings(device, wanted.repeats)
+            for case in kernel_cases(device, wanted.small, wanted.only):
+                task.report(done, total, "case")
+                if task.stop_requested():
+                    raise Stopped(f"profile-kernels: stopped on request after {done} of {total} cases; none is kept")
+                for row in timing.measure([case], device, wanted.repeats):
+                    rows.append(row)
+                    log.info("%s", row)
+                done += 1
+        task.report(done, total, "case")
+    finally:
+        torch.set_num_threads(before)
+    return timing.make_node(device, ceilings, rows)
+
+
+def _judge(node: timing.Node, before: timing.Node, margin: float) -> None:
+    """Log every change, and raise SlowerError for those beyond the margin."""
+    slower = []
+    for change in timing.compare(node, before):
+        row = change.row
+        threads = f" {row.threads} threads" if row.threads else ""
+        line = (
+            f"{row.case} {row.dtype}{threads}: {row.median_ms:.2f} ms, {change.before_ms:.2f} ms in the baseline "
+            f"({change.slower_by:+.0%})"
+        )
+        log.info("%s", line)
+        if change.slower_by > margin:
+            slower.append(f"{line}; kernels.margin allows {margin:+.0%}")
+    if slower:
+        raise SlowerError("\n".join(slower))

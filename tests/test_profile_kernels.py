@@ -1,0 +1,245 @@
+"""`profile kernels`: peers compute what ours does, rows say what was measured, a baseline is held to."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sorahpc import ops
+from sorahpc.config import parse_config
+from sorahpc.errors import ConfigError, DataError, NumericsError, SlowerError, SoraHPCError, Stopped
+from sorahpc.jobs import kernels
+from sorahpc.page import roofline
+from sorahpc.profiling.cases import CASES, OURS, Case, kernel_cases
+from sorahpc.profiling.machine import slug
+from sorahpc.profiling.page import write_profile_page
+from sorahpc.profiling.timing import (
+    Ceiling,
+    Node,
+    Row,
+    check,
+    compare,
+    copy_limit,
+    matmul_limit,
+    measure,
+    read_node,
+    write_csv,
+    write_node,
+)
+from sorahpc.runs import Task
+
+CPU = torch.device("cpu")
+
+
+def make_case(difference: float = 0.0, name: str = "K0 twice") -> Case:
+    x = torch.ones(1000)
+    calls: dict[str, Any] = {OURS: lambda: x * 2, "eager": lambda: x + x + difference}
+    return Case(name, torch.float32, "1000", 2 * x.nbytes, 1000, calls, 1e-6)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_eager_peer_computes_what_our_op_does(name: str) -> None:
+    cases = list(kernel_cases(CPU, small=True, only=name))
+    assert [case.dtype for case in cases] == [torch.float32, torch.bfloat16]
+    for case in cases:
+        case.calls = {name: call for name, call in case.calls.items() if not name.startswith("compile")}
+        assert next(iter(case.calls)) == OURS and len(case.calls) > 1
+        check(case)
+
+
+def test_a_peer_that_computes_something_else_is_not_timed() -> None:
+    expected = r"K0 twice torch.float32: result 0 of `eager` differs from that of `sorahpc` by 5.0e-02"
+    with pytest.raises(NumericsError, match=expected):
+        list(measure([make_case(0.1)], CPU, repeats=3))
+
+
+def test_rows_hold_medians_of_all_candidates_and_survive_as_csv_and_json(tmp_path: Path) -> None:
+    rows = list(measure([make_case()], CPU, repeats=5))
+    assert [row.candidate for row in rows] == [OURS, "eager"]
+    ours, eager = rows
+    assert ours.ours_is_faster_by == 1.0 and 0 < ours.p10_ms <= ours.median_ms <= ours.p90_ms
+    assert ours.gb_s == pytest.approx(8000 / (ours.median_ms * 1e-3) / 1e9, rel=0.1, abs=0.01)
+    assert ours.gflop_s == pytest.approx(1000 / (ours.median_ms * 1e-3) / 1e9, rel=0.1, abs=0.01)
+    write_csv(rows, tmp_path / "new/rows.csv")
+    with (tmp_path / "new/rows.csv").open(newline="") as file:
+        read = list(csv.DictReader(file))
+    assert [row["candidate"] for row in read] == [OURS, "eager"] and read[0]["case"] == "K0 twice"
+    node = make_node(rows=(ours, eager))
+    write_node(node, tmp_path / "node.json")
+    assert read_node(tmp_path / "node.json") == node
+
+
+def test_peak_memory_is_that_of_a_call_and_not_of_those_before() -> None:
+    x = torch.ones(1 << 20)
+    calls: dict[str, Any] = {OURS: lambda: x * 2, "two": lambda: x + x + 0.0, "clones": lambda: (x.clone() * 2).clone()}
+    case = Case("K0 twice", torch.float32, "1M", 2 * x.nbytes, 1, calls, 1e-6)
+    for _ in range(2):  # a second profile of the same process begins anew
+        peaks = [row.peak_mb for row in measure([case], CPU, repeats=3)]
+        assert peaks == pytest.approx([4.2, 8.4, 8.4], abs=0.2)
+
+
+def test_the_limits_are_a_copy_and_a_product_and_stream_copy_is_exact() -> None:
+    bytes_per_s, name = copy_limit(CPU, repeats=3)
+    assert 1e8 < bytes_per_s < 1e13 and name in ("memcpy", "non-temporal copy")
+    assert 1e8 < matmul_limit(CPU, torch.float32, repeats=3) < 1e14
+    for x in (
+        torch.randn(3, 5, 7),
+        torch.randn(70_001, dtype=torch.float64),
+        torch.randn(8, 6)[:, ::2],
+        torch.empty(0),
+    ):
+        assert torch.equal(ops.stream_copy(x), x) and ops.stream_copy(x).is_contiguous()
+    with pytest.raises(ValueError, match=r"x is torch\.int32"):
+        ops.stream_copy(torch.zeros(3, dtype=torch.int32))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Baselines
+
+
+def make_row(median_ms: float, **changes: Any) -> Row:
+    row = Row(
+        date="2026-01-01 00:00", device="A", threads=1, torch="2", commit="c", case="K1 rope", dtype="float32",
+        shape="L=1", candidate=OURS, median_ms=median_ms, p10_ms=1.0, p90_ms=2.0, gb_s=10.0, gflop_s=5.0, of_limit=0.9,
+        ours_is_faster_by=1.0, peak_mb=3.0,
+    )  # fmt: skip
+    return dataclasses.replace(row, **changes)
+
+
+def make_node(device: str = "A", rows: tuple[Row, ...] = (), **changes: Any) -> Node:
+    ceilings = (Ceiling("copy", "any", 1, 20.0, "memcpy"), Ceiling("matmul", "float32", 1, 100.0, "torch.matmul"))
+    node = Node(device, "node1", "2026-01-01 00:00", "2", "c", ceilings, rows)
+    return dataclasses.replace(node, **changes)
+
+
+def test_our_rows_are_compared_with_the_same_rows_of_the_baseline() -> None:
+    before = make_node(rows=(make_row(10.0), make_row(5.0, dtype="bfloat16"), make_row(1.0, candidate="eager")))
+    now = make_node(
+        rows=(make_row(11.5), make_row(4.0, dtype="bfloat16"), make_row(9.0, candidate="eager"), make_row(1, shape="x"))
+    )
+    changes = compare(now, before)
+    assert [(c.row.dtype, pytest.approx(c.slower_by)) for c in changes] == [("float32", 0.15), ("bfloat16", -0.2)]
+    with pytest.raises(DataError, match=r"kernels.baseline: no row of 2026-01-01 00:00 has the case"):
+        compare(make_node(rows=(make_row(1.0, threads=2),)), before)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", '{"format": 2}', '{"format": 1, "rows": [{}], "ceilings": []}'])
+def test_a_baseline_that_is_none_is_one_line(tmp_path: Path, text: str) -> None:
+    (tmp_path / "b.json").write_text(text)
+    with pytest.raises(DataError, match=r"b\.json: not what `sorahpc profile kernels` writes") as caught:
+        read_node(tmp_path / "b.json")
+    assert "\n" not in str(caught.value)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The job
+
+
+@pytest.fixture
+def one_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The job with one case that takes no time."""
+
+    def cases(device: torch.device, small: bool, only: str) -> Iterator[Case]:
+        yield make_case()
+
+    monkeypatch.setattr(kernels, "kernel_cases", cases)
+    monkeypatch.setattr(kernels.timing, "ceilings", lambda *_: make_node().ceilings)
+
+
+def run(tmp_path: Path, **changes: Any) -> Path:
+    """Run the job; the folder `profile/kernels` of its run."""
+    data = {"run": "p", "runs_dir": str(tmp_path / "runs"), "kernels": {"repeats": 3, **changes}}
+    config = parse_config(data)
+    kernels.profile(config, Task(config.run_dir, "profile-kernels"))
+    return config.run_dir / "profile" / "kernels"
+
+
+@pytest.mark.usefixtures("one_case")
+def test_the_job_writes_json_csv_and_a_page_and_holds_to_its_baseline(tmp_path: Path) -> None:
+    folder = run(tmp_path)
+    file = folder / f"{slug(CPU)}.json"
+    assert sorted(p.name for p in folder.iterdir()) == sorted([file.name, file.with_suffix(".csv").name])
+    text = (folder.parent / "index.html").read_text()
+    assert "K0 twice" in text and "<script" not in text and "Roofline" in text
+    run(tmp_path, baseline=str(folder), margin=10.0)
+    run(tmp_path, baseline=str(file), margin=10.0)
+
+    baseline = tmp_path / "faster.json"  # than any machine
+    data = json.loads(file.read_text())
+    for row in data["rows"]:
+        row["median_ms"] /= 1e6
+    baseline.write_text(json.dumps(data))
+    with pytest.raises(
+        SlowerError, match=r"K0 twice float32 1 threads: .* ms in the baseline .* allows \+10%"
+    ) as caught:
+        run(tmp_path, baseline=str(baseline))
+    assert caught.value.exit_code == 17 and file.is_file(), "what was measured is kept"
+    data["device"] = "H200"
+    baseline.write_text(json.dumps(data))
+    with pytest.raises(DataError, match=r"kernels.baseline: expected one of .*, found one of H200"):
+        run(tmp_path, baseline=str(baseline))
+    with pytest.raises(DataError, match="not what `sorahpc profile kernels` writes"):
+        run(tmp_path, baseline=str(tmp_path / "runs"))  # a folder without one of this device
+
+
+@pytest.mark.usefixtures("one_case")
+def test_a_stopped_measurement_leaves_nothing(tmp_path: Path) -> None:
+    config = parse_config({"run": "p", "runs_dir": str(tmp_path)})
+    with pytest.raises(Stopped, match="after 0 of 12 cases; none is kept"):
+        kernels.profile(config, Task(config.run_dir, "profile-kernels", stop_requested=lambda: True))
+    assert not (config.run_dir / "profile").exists()
+
+
+def test_an_unknown_case_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"kernels.only: the beginning of one of K1 rope3d, .* found 'K9'"):
+        run(tmp_path, only="K9")
+
+
+def test_without_kernels_there_is_nothing_to_measure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "backend", lambda: {"ops": {"rope3d": {"cpu": "reference", "cuda": "reference"}}})
+    with pytest.raises(SoraHPCError, match="kernels: not built for c"):
+        run(tmp_path)
+
+
+@pytest.mark.slow
+def test_the_real_job_measures_a_real_case(tmp_path: Path) -> None:
+    """Compiles the peers, so it takes a minute."""
+    folder = run(tmp_path, only="K5", small=True, threads=[1, 2])
+    node = read_node(folder / f"{slug(CPU)}.json")
+    assert {(r.threads, r.dtype) for r in node.rows} == {(t, d) for t in (1, 2) for d in ("float32", "bfloat16")}
+    assert [c.name for c in node.ceilings] == ["copy", "matmul", "matmul"] * 2
+    assert all(r.median_ms > 0 and r.peak_mb > 0 for r in node.rows)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The page
+
+
+def test_several_devices_are_compared_on_one_page(tmp_path: Path) -> None:
+    slow = make_node("A100 <b>", rows=(make_row(2.0, gb_s=1500.0), make_row(9.0, candidate="eager")))
+    fast = make_node("H100", rows=(make_row(1.0, gb_s=3000.0), make_row(0.5, candidate="eager", ours_is_faster_by=0.5)))
+    write_node(slow, tmp_path / "r1/kernels/a100.json")
+    write_node(fast, tmp_path / "r2/kernels/h100.json")
+    text = write_profile_page([tmp_path / "r1", tmp_path / "r2"], tmp_path / "page.html").read_text()
+    assert "Kernels of all devices" in text and "1,500.0 GB/s, 90% of copy" in text and "3,000.0 GB/s" in text
+    assert "A100 &lt;b&gt;" in text and "<b>" not in text
+    assert "0.50 (faster)" in text, "a peer that wins is said to"
+
+
+def test_an_empty_run_says_what_to_do(tmp_path: Path) -> None:
+    text = write_profile_page([tmp_path], tmp_path / "page.html").read_text()
+    assert "Nothing is measured yet" in text
+
+
+def test_the_roofline_shows_every_point_below_or_above_its_roof() -> None:
+    chart = roofline("R <1>", 20.0, [("float32", 100.0)], [("K1", 0.5, 9.0, "solid"), ("peer", 0.5, 3.0, "hollow")])
+    assert chart.count("<circle") == 2 and 'class="hollow"' in chart and "R &lt;1&gt;" in chart
+    assert "K1: 0.5 FLOP a byte, 9.0 GFLOP/s" in chart
+    assert "nothing to show" in roofline("R", 20.0, [], [])

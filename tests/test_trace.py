@@ -1,0 +1,241 @@
+"""What a trace says: on made-up traces whose answer is known, and on real ones of a small model."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sorahpc.config import ProfileConfig
+from sorahpc.errors import DataError
+from sorahpc.profiling.page import write_profile_page
+from sorahpc.profiling.trace import (
+    Communication,
+    Findings,
+    Part,
+    _common,
+    _Event,
+    _innermost,
+    _length,
+    _thin,
+    _union,
+    analyse,
+    num_steps,
+    read_summary,
+    recorded,
+    span,
+)
+from sorahpc.runs import Task
+
+CPU = torch.device("cpu")
+
+
+def event(
+    name: str, start: float, end: float, cat: str = "user_annotation", tid: int = 1, **args: Any
+) -> dict[str, Any]:
+    return {"ph": "X", "name": name, "cat": cat, "ts": start, "dur": end - start, "pid": 1, "tid": tid, "args": args}
+
+
+def write_trace(path: Path, events: list[dict[str, Any]]) -> Path:
+    with gzip.open(path, "wt") as file:
+        json.dump({"traceEvents": events}, file)
+    return path
+
+
+def parts_of(found: Findings) -> dict[str, Part]:
+    return {part.name: part for part in found.parts}
+
+
+def test_on_a_gpu_a_kernel_counts_for_the_span_that_launched_it(tmp_path: Path) -> None:
+    """Two steps of 1 ms. The backward pass launches from a thread of its own; a copy comes from no span."""
+    events: list[dict[str, Any]] = [
+        event("ProfilerStep#3", 0, 1000),
+        event("ProfilerStep#4", 1000, 2000),
+        event("sorahpc forward", 0, 400),
+        event("sorahpc forward: mlp", 100, 300),
+        event("sorahpc backward", 400, 900),
+        event("sorahpc backward: mlp", 500, 700, tid=2),
+        event("sorahpc optimizer", 900, 1000),
+        event("cudaLaunchKernel", 110, 112, "cuda_runtime", correlation=1),
+        event("cudaLaunchKernel", 310, 312, "cuda_runtime", correlation=2),
+        event("cudaLaunchKernel", 510, 512, "cuda_runtime", tid=2, correlation=3),
+        event("cudaLaunchKernel", 520, 522, "cuda_runtime", tid=2, correlation=4),
+        event("cudaLaunchKernel", 950, 952, "cuda_driver", correlation=5),
+        event("cudaMemcpyAsync", 1500, 1502, "cuda_runtime", correlation=6),
+        # on the device, later than launched, on two streams
+        event("gemm", 200, 400, "kernel", tid=7, correlation=1),
+        event("other", 400, 500, "kernel", tid=7, correlation=2),
+        event("gemm", 600, 800, "kernel", tid=7, correlation=3),
+        event("ncclDevKernel_AllReduce", 700, 1000, "kernel", tid=8, correlation=4),
+        event("adam", 1000, 1100, "kernel", tid=7, correlation=5),
+        event("Memcpy DtoH", 1600, 1650, "gpu_memcpy", tid=7, correlation=6),
+        event("gemm", 2500, 2600, "kernel", tid=7, correlation=1),  # after the last step: not of a step
+        {"ph": "i", "name": "[memory]", "ts": 10, "args": {"Device Type": 1, "Total Allocated": 100, "Bytes": 100}},
+        {"ph": "i", "name": "[memory]", "ts": 500, "args": {"Device Type": 1, "Total Allocated": 900, "Bytes": 800}},
+        {"ph": "i", "name": "[memory]", "ts": 600, "args": {"Device Type": 0, "Total Allocated": 5000, "Bytes": 8}},
+    ]
+    found = analyse(write_trace(tmp_path / "t.json.gz", events))
+    parts = parts_of(found)
+    assert (parts["mlp"].forward_ms, parts["mlp"].backward_ms) == (0.1, pytest.approx(0.25))
+    assert parts["between layers"].forward_ms == 0.05 and parts["optimizer"].other_ms == 0.05
+    assert parts["everything else"].other_ms == 0.025
+    assert (found.steps, found.wall_ms, found.busy_ms) == (2, 1.0, pytest.approx(0.425))
+    assert found.communication == Communication(ms=0.15, overlapped_ms=0.05)
+    assert (found.ops[0].name, found.ops[0].calls, found.ops[0].ms) == ("gemm", 1.0, 0.2)
+    assert found.peak_bytes == 900 and found.memory == [(0.01, 100), (0.5, 900)]
+
+
+def test_on_the_cpu_a_span_has_its_own_time_without_those_inside(tmp_path: Path) -> None:
+    events = [
+        event("ProfilerStep#3", 0, 1000),
+        event("sorahpc forward", 100, 500),
+        event("sorahpc forward: self attention", 200, 300),
+        event("sorahpc forward: mlp", 300, 450),
+        event("sorahpc wait for data", 0, 100),
+        event("sorahpc forward: mlp", 0, 900, tid=2),  # of another thread
+        event("aten::linear", 300, 440, "cpu_op"),
+        event("aten::addmm", 310, 430, "cpu_op"),
+        event("LinearBackward", 600, 900, "cpu_op"),  # which waits for others inside
+        event("aten::mm", 600, 700, "cpu_op"),
+        event("gloo:all_reduce", 650, 800, tid=9),
+    ]
+    found = analyse(write_trace(tmp_path / "t.json.gz", events))
+    parts = parts_of(found)
+    assert parts["mlp"].forward_ms == 0.15 and parts["self attention"].forward_ms == 0.1
+    assert parts["between layers"].forward_ms == 0.15 and parts["wait for data"].other_ms == 0.1
+    assert parts["everything else"].other_ms == 0.5 and sum(part.ms for part in found.parts) == pytest.approx(1.0)
+    assert found.busy_ms == 0.24 and found.communication == Communication(ms=0.15, overlapped_ms=0.05)
+    assert [(op.name, op.ms) for op in found.ops[:2]] == [("LinearBackward", 0.2), ("aten::addmm", 0.12)]
+
+
+@pytest.mark.parametrize("content", [b"", b"not gzip", gzip.compress(b"{"), gzip.compress(b"[]"), gzip.compress(b"{}")])
+def test_what_is_no_trace_is_one_line(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "t.json.gz").write_bytes(content)
+    with pytest.raises(DataError, match=r"t.json.gz: not a trace of torch.profiler") as caught:
+        analyse(tmp_path / "t.json.gz")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_trace_without_a_step_says_so(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no step in this trace"):
+        analyse(write_trace(tmp_path / "t.json.gz", [event("aten::mm", 0, 1, "cpu_op")]))
+
+
+def test_innermost_is_a_partition_of_the_time_that_some_event_covers() -> None:
+    """Against a walk over every microsecond, also for events that overlap without being nested."""
+    rng = random.Random(0)
+    for _ in range(300):
+        events = []
+        for i in range(rng.randint(0, 12)):
+            start = rng.randint(0, 40)
+            events.append(_Event(str(i), "", start, start + rng.randint(0, 20), (1, 1), None))
+        by_time: dict[float, str] = {}
+        for stretch in _innermost(events):
+            for at in range(int(stretch.start), int(stretch.end)):
+                assert at not in by_time, "no time is given twice"
+                by_time[at] = stretch.name
+        for at in range(70):
+            covering = [e for e in events if e.start <= at < e.end]
+            assert (at in by_time) == bool(covering)
+            if covering:
+                latest = max(e.start for e in covering)
+                assert by_time[at] in {e.name for e in covering if e.start == latest}
+
+
+def test_unions_and_their_common_part_against_sets() -> None:
+    rng = random.Random(1)
+    for _ in range(300):
+        sets, unions = [], []
+        for _ in range(2):
+            intervals = [(a, a + rng.randint(0, 9)) for a in (rng.randint(0, 50) for _ in range(rng.randint(0, 8)))]
+            sets.append({x for a, b in intervals for x in range(a, b)})
+            unions.append(_union((float(a), float(b)) for a, b in intervals))
+        assert [_length(u) for u in unions] == [len(s) for s in sets]
+        assert _length(_common(*unions)) == len(sets[0] & sets[1])
+
+
+def test_thinning_keeps_the_peak_and_the_order() -> None:
+    points = [(float(i), i * 7919 % 1000) for i in range(1001)]
+    thin = _thin(points, 100)
+    assert len(thin) <= 100 and max(s for _, s in thin) == max(s for _, s in points)
+    assert [t for t, _ in thin] == sorted(t for t, _ in thin) and _thin([], 10) == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Recording
+
+
+class TwoLayers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x).relu())
+
+
+def test_layers_are_told_apart_forward_and_backward(tmp_path: Path) -> None:
+    model, how = TwoLayers(), ProfileConfig(warmup_steps=2, steps=3)
+    layers = [("all", model), ("a", model.first), ("b", model.second)]
+    task = Task(tmp_path, "profile-train")
+    x = torch.randn(512, 64, requires_grad=True)
+    with recorded(how, tmp_path / "train", task, CPU, layers) as step_done:
+        for step in range(num_steps(how)):
+            with span("forward"):
+                loss = model(x).square().sum()
+            with span("backward"):
+                loss.backward()
+            step_done(100 + step)
+    (summary_path,) = (tmp_path / "train").glob("*_rank0.json")
+    summary = read_summary(summary_path)
+    assert summary.step_tokens == [105, 106, 107] and len(summary.recorded_step_ms) == 3
+    assert (summary.job, summary.rank, summary.world_size, summary.tool) == ("train", 0, 1, "torch")
+    assert summary.found is not None and summary.found.steps == 3
+    parts = parts_of(summary.found)
+    for name in ("a", "b", "all", "between layers"):
+        assert parts[name].forward_ms > 0 and parts[name].backward_ms > 0, name
+    assert parts["a"].other_ms == 0
+    assert sum(part.ms for part in summary.found.parts) == pytest.approx(summary.found.wall_ms, rel=0.01)
+    assert any(op.name == "aten::addmm" and op.calls == 2 for op in summary.found.ops)
+    assert summary.found.peak_bytes >= 2 * 512 * 64 * 4
+    assert not list(model.first._forward_hooks) and not list(model.first._backward_hooks), "the hooks are gone"
+    page = write_profile_page([tmp_path], tmp_path / "p.html").read_text()
+    assert "train on" in page and "between layers" in page and "Memory allocated" in page
+
+
+def test_a_rank_that_is_not_chosen_records_nothing(tmp_path: Path) -> None:
+    how = ProfileConfig(ranks=(1,))
+    with recorded(how, tmp_path / "train", Task(tmp_path, "profile-train", 0, 2), CPU, []) as step_done:
+        for _ in range(num_steps(how)):
+            step_done(1)
+    assert not (tmp_path / "train").exists()
+
+
+def test_an_earlier_profile_of_this_device_is_replaced_and_of_another_kept(tmp_path: Path) -> None:
+    how, task = ProfileConfig(warmup_steps=1, steps=1), Task(tmp_path, "profile-sample")
+
+    def once() -> None:
+        with recorded(how, tmp_path, task, CPU, []) as step_done:
+            for _ in range(num_steps(how)):
+                step_done(1)
+
+    once()
+    (path,) = tmp_path.glob("*_rank0.json")
+    stale, other = path.with_name(path.name.replace("rank0", "rank7")), tmp_path / "nvidia-h200_rank0.json"
+    stale.write_text("{}")
+    other.write_text("{}")
+    once()
+    assert path.exists() and not stale.exists() and other.exists()
+
+
+def test_a_summary_that_is_none_is_one_line(tmp_path: Path) -> None:
+    for text in ("", "[]", '{"format": 1}', '{"format": 1, "found": {}}'):
+        (tmp_path / "s.json").write_text(text)
+        with pytest.raises(DataError, match=r"s\.json: not what `sorahpc profile` writes"):
+            read_summary(tmp_path / "s.json")
