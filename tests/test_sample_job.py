@@ -300,8 +300,8 @@ def test_a_profile_tells_text_model_and_vae_apart_and_makes_no_sample(world: Pat
     summary = read_summary(path)
     found = summary.found
     assert found is not None and found.steps == 1 and len(summary.step_ms) == len(summary.recorded_step_ms) == 1
-    # two prompts of 5 frames at 32 x 32 px are 2 x 4 x 4 latents, with and without guidance, in patches of 1 x 2 x 2
-    assert summary.step_tokens == [3 * 2 * 2 * (2 * 2 * 2)]
+    # 3 Euler steps, with and without guidance, of latents 2 x 4 x 4 and 2 x 4 x 6 in patches of 1 x 2 x 2
+    assert summary.step_tokens == [3 * 2 * (2 * 2 * 2 + 2 * 2 * 3)]
     parts = {part.name: part for part in found.parts}
     assert all(parts[name].other_ms > 0 for name in ("text encoder", "VAE"))
     assert all(parts[n].forward_ms > 0 and not parts[n].backward_ms for n in ("self attention", "mlp", "last layer"))

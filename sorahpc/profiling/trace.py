@@ -391,7 +391,7 @@ def analyse(path: Path) -> Findings:
     per_step = 1e-3 / steps
     return Findings(
         steps=steps,
-        wall_ms=round((end - begin) * per_step, 3),
+        wall_ms=round(_length((w.start, w.end) for w in windows) * per_step, 3),
         busy_ms=round(_length(busy) * per_step, 3),
         parts=_parts(times, per_step),
         ops=_top(ops, calls, steps),
@@ -508,7 +508,7 @@ def _common(a: Intervals, b: Intervals) -> Intervals:
     return out
 
 
-def _length(intervals: Intervals) -> float:
+def _length(intervals: Iterable[tuple[float, float]]) -> float:
     return sum(end - start for start, end in intervals)
 
 

@@ -227,7 +227,8 @@ def test_logs_follow_a_job_to_its_end(cli: Cli) -> None:
 
 
 def sbatch(cli: Cli, script: str, *args: str | Path, **more: str) -> str:
-    command = ["sbatch", "--parsable", *(["--array=0-2"] if script == "encode" else []), f"slurm/{script}.sbatch"]
+    options = {"encode": ["--array=0-2"], "profile": ["--nodes=2"]}.get(script, [])
+    command = ["sbatch", "--parsable", *options, f"slurm/{script}.sbatch"]
     env = {**tiny.env(**more), **cli.cluster.env}
     done = subprocess.run(
         [*command, *map(str, args)], cwd=tiny.ROOT, env=env, capture_output=True, text=True, timeout=30
@@ -265,7 +266,7 @@ def test_a_profile_of_training_is_a_gang_through_submitit_and_through_sbatch(
     job_id = str(json.loads(cli("profile", "train", config, "--json"))["job_id"])
     cli.cluster.wait_for_job(job_id, "COMPLETED")
     assert "start: profile-train, rank 1 of 2" in cli("logs", "tiny", "profile-train", "--rank", "1")
-    by_hand = sbatch(cli, "profile", "train", config, SBATCH_NODES="2", **sbatch_env)
+    by_hand = sbatch(cli, "profile", "train", config, **sbatch_env)
     cli.cluster.wait_for_job(by_hand, "COMPLETED")
     status = cli.status("profile-train")
     assert (status["state"], status["job_id"]) == ("done", by_hand)
