@@ -100,12 +100,11 @@ def recorded(
     if task.rank not in how.ranks:
         yield lambda tokens: None
         return
-    recorder = _Recorder(how, device)
-    with layer_spans(layers), recorder:
-        yield recorder.step_done
     folder.mkdir(parents=True, exist_ok=True)
     stem = f"{name}_rank{task.rank}"
-    found = recorder.save(folder / stem)
+    recorder = _Recorder(how, device, folder / stem)
+    with layer_spans(layers), recorder:
+        yield recorder.step_done
     summary = Summary(
         job=task.job.removeprefix("profile-"),
         rank=task.rank,
@@ -119,7 +118,7 @@ def recorded(
         step_ms=[round(s * 1e3, 3) for s in recorder.step_s],
         recorded_step_ms=[round(s * 1e3, 3) for s in recorder.recorded_s],
         step_tokens=recorder.step_tokens,
-        found=found,
+        found=analyse(recorder.trace) if recorder.trace.exists() else None,
     )
     write_json(folder / f"{stem}.json", {"format": FORMAT, **asdict(summary)})
 
@@ -131,8 +130,9 @@ def num_steps(how: ProfileConfig) -> int:
 class _Recorder:
     """The profiler of one rank; `step_done` starts and ends its recording."""
 
-    def __init__(self, how: ProfileConfig, device: torch.device) -> None:
+    def __init__(self, how: ProfileConfig, device: torch.device, stem: Path) -> None:
         self.how, self.device, self.done = how, device, 0
+        self.trace, self.snapshot = (stem.with_name(stem.name + end) for end in (".trace.json.gz", ".memory.pickle"))
         self.recorded_s: list[float] = []
         self.step_s: list[float] = []
         self.step_tokens: list[int] = []
@@ -148,6 +148,7 @@ class _Recorder:
                 # The last step of the warm-up is recorded and thrown away: the first that is recorded is slow.
                 schedule=schedule(wait=self.how.warmup_steps - 1, warmup=1, active=self.how.steps, repeat=1),
                 profile_memory=True,
+                on_trace_ready=self._write_trace,
             )
             self.stack.enter_context(self.profiler)
         return self
@@ -172,27 +173,20 @@ class _Recorder:
         if self.done == self.how.warmup_steps and self.device.type == "cuda":
             if self.profiler is not None:
                 torch.cuda.memory._record_memory_history(max_entries=1_000_000)  # torch has no public name for it
+                self.stack.callback(self._write_snapshot)
             else:  # what nsys and ncu are told to wait for
                 self.stack.enter_context(torch.cuda.profiler.profile())
                 self.stack.enter_context(torch.autograd.profiler.emit_nvtx())
         self.began = time.perf_counter()
 
-    def save(self, stem: Path) -> Findings | None:
-        if self.profiler is None:
-            return None
-        path = stem.with_name(stem.name + ".trace.json.gz")
-        _export(self.profiler, path)
-        if self.device.type == "cuda":
-            torch.cuda.memory._dump_snapshot(str(stem.with_name(stem.name + ".memory.pickle")))
-            torch.cuda.memory._record_memory_history(enabled=None)
-        return analyse(path)
+    def _write_trace(self, profiler: torch.profiler.profile) -> None:
+        aside = self.trace.with_name(f".{self.trace.name}")  # a reader sees all of it or none; .gz has it compressed
+        profiler.export_chrome_trace(str(aside))
+        os.replace(aside, self.trace)
 
-
-def _export(profiler: torch.profiler.profile, path: Path) -> None:
-    """Write the trace so that a reader sees all of it or none."""
-    aside = path.with_name(f".{path.name}")  # torch compresses what ends in .gz
-    profiler.export_chrome_trace(str(aside))
-    os.replace(aside, path)
+    def _write_snapshot(self) -> None:
+        torch.cuda.memory._dump_snapshot(str(self.snapshot))
+        torch.cuda.memory._record_memory_history(enabled=None)
 
 
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
@@ -375,7 +369,7 @@ def analyse(path: Path) -> Findings:
     spans = [e for e in events if e.category == "user_annotation" and e.name.startswith(SPAN)]
     kernels = [e for e in events if e.category in KERNELS and begin <= e.start < end]
     if kernels:
-        times = _of_kernels(kernels, spans, events)
+        times = _of_kernels(kernels, spans, events, main)
         ops = [(e.name, e.end - e.start) for e in kernels]
         work = kernels
     else:
@@ -436,23 +430,25 @@ def _innermost(events: Sequence[_Event]) -> list[_Stretch]:
 
 
 def _of_kernels(
-    kernels: Sequence[_Event], spans: Sequence[_Event], events: Iterable[_Event]
+    kernels: Sequence[_Event], spans: Sequence[_Event], events: Iterable[_Event], main: tuple[Any, Any]
 ) -> list[tuple[str, float]]:
-    """(name of the innermost span that launched it, us) of each kernel."""
+    """(name of the span that launched it, us) of each kernel: the innermost of its thread, else of the main thread,
+    which waits while autograd's thread goes backward."""
     launches = {e.correlation: e for e in events if e.category in LAUNCHES and e.correlation is not None}
     by_thread = defaultdict(list)
     for event in spans:
         by_thread[event.thread].append(event)
     stretches = {thread: _innermost(found) for thread, found in by_thread.items()}
     starts = {thread: [s.start for s in found] for thread, found in stretches.items()}
+
+    def name_at(thread: tuple[Any, Any], at: float) -> str:
+        i = bisect.bisect_right(starts.get(thread, ()), at) - 1
+        return stretches[thread][i].name if i >= 0 and at < stretches[thread][i].end else ""
+
     out = []
     for kernel in kernels:
         launch = launches.get(kernel.correlation)
-        name = ""
-        if launch is not None and launch.thread in starts:
-            i = bisect.bisect_right(starts[launch.thread], launch.start) - 1
-            if i >= 0 and launch.start < stretches[launch.thread][i].end:
-                name = stretches[launch.thread][i].name
+        name = "" if launch is None else name_at(launch.thread, launch.start) or name_at(main, launch.start)
         out.append((name, kernel.end - kernel.start))
     return out
 
