@@ -289,7 +289,7 @@ def test_a_latent_that_is_not_finite_is_refused_by_name(
 
 
 def test_a_profile_tells_text_model_and_vae_apart_and_makes_no_sample(world: Path, tmp_path: Path) -> None:
-    from sorahpc.profiling.trace import read_summary
+    from sorahpc.profiling.record import read_summary
 
     shutil.copytree(world / "runs", tmp_path / "runs")
     data = configure(world, tmp_path).model_dump(mode="json")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from sorahpc.config import ProfileConfig
 from sorahpc.errors import DataError
 from sorahpc.profiling.page import write_profile_page
+from sorahpc.profiling.record import num_steps, read_summary, recorded, span
 from sorahpc.profiling.trace import (
     Communication,
     Findings,
@@ -26,10 +27,6 @@ from sorahpc.profiling.trace import (
     _thin,
     _union,
     analyse,
-    num_steps,
-    read_summary,
-    recorded,
-    span,
 )
 from sorahpc.runs import Task
 

@@ -156,7 +156,7 @@ def profile_ranks(rank: int, world_size: int, data: dict[str, Any]) -> None:
 
 def test_a_profile_tells_layers_and_communication_apart_and_leaves_the_run_alone(world: dict[str, Any]) -> None:
     """Two ranks of tensor and sequence parallelism, both recorded."""
-    from sorahpc.profiling.trace import read_summary
+    from sorahpc.profiling.record import read_summary
 
     profile = {"warmup_steps": 1, "steps": 2, "ranks": [0, 1]}
     layout = {"train__tp": 2, "train__resources": {"tasks_per_node": 2}}

@@ -37,7 +37,7 @@ from sorahpc.models.dit import DiT, load_ema_for_sampling
 from sorahpc.models.text import TextEncoder, load_text
 from sorahpc.models.vae import Vae, load_vae
 from sorahpc.profiling.page import write_profile_page
-from sorahpc.profiling.trace import num_steps, recorded, span
+from sorahpc.profiling.record import num_steps, recorded, span
 from sorahpc.runs import Task, write_json
 
 log = logging.getLogger(__name__)

@@ -34,7 +34,7 @@ from sorahpc.distributed.mesh import Mesh
 from sorahpc.errors import CheckpointError, DataError, NumericsError, SetupError, Stopped
 from sorahpc.models.dit import DiT
 from sorahpc.profiling.page import write_profile_page
-from sorahpc.profiling.trace import num_steps, recorded, span
+from sorahpc.profiling.record import num_steps, recorded, span
 from sorahpc.runs import Task, atomic_write
 
 log = logging.getLogger(__name__)

@@ -22,7 +22,7 @@ from sorahpc.errors import DataError, NumericsError
 from sorahpc.ops import stream_copy
 from sorahpc.profiling.cases import OURS, Case
 from sorahpc.profiling.machine import commit_of_this, device_name, now_utc
-from sorahpc.profiling.trace import peak_bytes
+from sorahpc.profiling.record import peak_bytes
 from sorahpc.runs import atomic_write, read_json, write_json
 
 COPY_BYTES = 256 << 20  # beyond any cache

@@ -1,216 +1,28 @@
-"""Traces of a job's steps: recorded with torch.profiler, or marked for Nsight; and what a trace says.
+"""What a trace of torch.profiler says: time by span, kernels, communication against computing, memory.
 
-`Recorder` sees the steps of one rank: some to warm up, then those that count. What code belongs to is told by spans:
-`span("optimizer")` around code, `layer_spans` around the forward and backward passes of a model's layers. A trace is
-Chrome's JSON, as chrome://tracing and Perfetto open it; `analyse` reads it back.
-
-On a GPU, time is that of kernels, each counted for the innermost span that it was launched in; on the CPU, where
-operations end before the next begins, it is that of the span itself without the spans inside it.
+A trace is Chrome's JSON, as chrome://tracing and Perfetto open it. On a GPU, time is that of kernels, each counted for
+the innermost span that it was launched in; on the CPU, where operations end before the next begins, it is that of the
+span itself without the spans inside it.
 """
 
 from __future__ import annotations
 
 import bisect
-import contextlib
 import gzip
 import heapq
 import json
-import os
-import socket
-import tempfile
-import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-from torch.profiler import ProfilerActivity, record_function, schedule
-
-from sorahpc.config import ProfileConfig
 from sorahpc.errors import DataError
-from sorahpc.profiling.machine import commit_of_this, device_name, now_utc, slug
-from sorahpc.runs import Task, read_json, write_json
 
 SPAN = "sorahpc "  # begins the name of every span of ours in a trace
 FORWARD, BACKWARD = "forward: ", "backward: "  # of a layer
 TOP = 25
 TIMELINE_POINTS = 400
-FORMAT = 1
-
-
-def span(name: str) -> record_function:
-    """A context whose time `analyse` tells apart, and an NVTX range under Nsight. About 1 us where nobody records."""
-    return record_function(SPAN + name)
-
-
-@contextlib.contextmanager
-def layer_spans(layers: Iterable[tuple[str, nn.Module]]) -> Iterator[None]:
-    """Spans `forward: NAME` and `backward: NAME` around what each module computes; several may share a name."""
-    handles: list[Any] = []
-    open_spans: list[record_function] = []
-
-    def enter(name: str) -> Callable[..., None]:
-        def hook(*_: object) -> None:
-            open_spans.append(span(name))
-            open_spans[-1].__enter__()
-
-        return hook
-
-    def leave(*_: object) -> None:
-        open_spans.pop().__exit__(None, None, None)
-
-    try:
-        for name, module in layers:
-            handles.append(module.register_forward_pre_hook(enter(FORWARD + name)))
-            handles.append(module.register_forward_hook(leave))
-            handles.append(module.register_full_backward_pre_hook(enter(BACKWARD + name)))
-            handles.append(module.register_full_backward_hook(leave))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Recording
-
-
-@contextlib.contextmanager
-def recorded(
-    how: ProfileConfig, folder: Path, task: Task, device: torch.device, layers: Sequence[tuple[str, nn.Module]]
-) -> Iterator[Callable[[int], None]]:
-    """Record `how.steps` steps of this rank, after `how.warmup_steps`, if it is one of `how.ranks`.
-
-    As many steps again go unrecorded after them (`num_steps` in all): their time is free of what recording costs.
-
-    Yields:
-        What to call at the end of each step, with the tokens that it took.
-
-    Writes into `folder`, named by device and rank: `.json` (a `Summary`); where `how.tool` is torch, `.trace.json.gz`,
-    and on a GPU `.memory.pickle` (every allocation, as docs.pytorch.org/memory_viz opens it). What earlier profiles of
-    this kind of device have left there is removed first.
-    """
-    name = slug(device)
-    if task.rank == 0:
-        for path in folder.glob(f"{name}_rank*"):
-            path.unlink()
-    if task.rank not in how.ranks:
-        yield lambda tokens: None
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    stem = f"{name}_rank{task.rank}"
-    recorder = _Recorder(how, device, folder / stem)
-    with layer_spans(layers), recorder:
-        yield recorder.step_done
-    summary = Summary(
-        job=task.job.removeprefix("profile-"),
-        rank=task.rank,
-        world_size=task.world_size,
-        device=device_name(device),
-        host=socket.gethostname(),
-        date=now_utc(),
-        torch=torch.__version__,
-        commit=commit_of_this(),
-        tool=how.tool,
-        step_ms=[round(s * 1e3, 3) for s in recorder.step_s],
-        recorded_step_ms=[round(s * 1e3, 3) for s in recorder.recorded_s],
-        step_tokens=recorder.step_tokens,
-        found=analyse(recorder.trace) if recorder.trace.exists() else None,
-    )
-    write_json(folder / f"{stem}.json", {"format": FORMAT, **asdict(summary)})
-
-
-def num_steps(how: ProfileConfig) -> int:
-    return how.warmup_steps + 2 * how.steps
-
-
-class _Recorder:
-    """The profiler of one rank; `step_done` starts and ends its recording."""
-
-    def __init__(self, how: ProfileConfig, device: torch.device, stem: Path) -> None:
-        self.how, self.device, self.done = how, device, 0
-        self.trace, self.snapshot = (stem.with_name(stem.name + end) for end in (".trace.json.gz", ".memory.pickle"))
-        self.recorded_s: list[float] = []
-        self.step_s: list[float] = []
-        self.step_tokens: list[int] = []
-        self.began = time.perf_counter()
-        self.stack = contextlib.ExitStack()
-        self.profiler: torch.profiler.profile | None = None
-
-    def __enter__(self) -> _Recorder:
-        if self.how.tool == "torch":
-            cuda = [ProfilerActivity.CUDA] if self.device.type == "cuda" else []
-            self.profiler = torch.profiler.profile(
-                activities=[ProfilerActivity.CPU, *cuda],
-                # The last step of the warm-up is recorded and thrown away: the first that is recorded is slow.
-                schedule=schedule(wait=self.how.warmup_steps - 1, warmup=1, active=self.how.steps, repeat=1),
-                profile_memory=True,
-                on_trace_ready=self._write_trace,
-            )
-            self.stack.enter_context(self.profiler)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.stack.close()
-
-    def step_done(self, tokens: int) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()  # a step's time is that of its kernels too
-        self.done += 1
-        seconds, recorded_steps = time.perf_counter() - self.began, self.done - self.how.warmup_steps
-        if recorded_steps > self.how.steps:
-            self.step_s.append(seconds)
-            self.step_tokens.append(tokens)
-        elif recorded_steps > 0:
-            self.recorded_s.append(seconds)
-        if self.profiler is not None and recorded_steps <= self.how.steps:
-            self.profiler.step()
-        if recorded_steps == self.how.steps:
-            self.stack.close()
-        if self.done == self.how.warmup_steps and self.device.type == "cuda":
-            if self.profiler is not None:
-                torch.cuda.memory._record_memory_history(max_entries=1_000_000)  # torch has no public name for it
-                self.stack.callback(self._write_snapshot)
-            else:  # what nsys and ncu are told to wait for
-                self.stack.enter_context(torch.cuda.profiler.profile())
-                self.stack.enter_context(torch.autograd.profiler.emit_nvtx())
-        self.began = time.perf_counter()
-
-    def _write_trace(self, profiler: torch.profiler.profile) -> None:
-        aside = self.trace.with_name(f".{self.trace.name}")  # a reader sees all of it or none; .gz has it compressed
-        profiler.export_chrome_trace(str(aside))
-        os.replace(aside, self.trace)
-
-    def _write_snapshot(self) -> None:
-        torch.cuda.memory._dump_snapshot(str(self.snapshot))
-        torch.cuda.memory._record_memory_history(enabled=None)
-
-
-def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
-    """Most bytes that a call has allocated at a time, its results included. The call was made before."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        out = call()
-        torch.cuda.synchronize()
-        del out
-        return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        out = call()
-        del out
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json.gz"
-        profiler.export_chrome_trace(str(path))
-        points = _memory(_read(path))
-    return max((size for _, size in points), default=0)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Reading
 
 
 @dataclass(frozen=True)
@@ -270,25 +82,6 @@ class Findings:
 
 
 @dataclass(frozen=True)
-class Summary:
-    """What was recorded of a rank; `found` is None where Nsight recorded it. Times and tokens of steps are lists."""
-
-    job: str
-    rank: int
-    world_size: int
-    device: str
-    host: str
-    date: str
-    torch: str
-    commit: str
-    tool: str
-    step_ms: list[float]
-    step_tokens: list[int]
-    recorded_step_ms: list[float]
-    found: Findings | None
-
-
-@dataclass(frozen=True)
 class _Event:
     name: str
     category: str
@@ -313,26 +106,7 @@ COMPUTE = ("aten::", "sorahpc::")
 COLLECTIVES = ("nccl", "gloo:", "c10d::")  # begin or are part of their names
 
 
-def read_summary(path: Path) -> Summary:
-    """Raises DataError for a file that `recorded` has not written."""
-    data = read_json(path)
-    try:
-        if data is None or data.pop("format") != FORMAT:
-            raise ValueError(f"a JSON mapping of format {FORMAT} expected")
-        found = data.pop("found")
-        if found is not None:
-            found = Findings(
-                **found
-                | {"parts": [Part(**part) for part in found["parts"]], "ops": [Op(**op) for op in found["ops"]]}
-                | {"communication": Communication(**found["communication"])}
-            )
-        return Summary(**data, found=found)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        reason = " ".join(str(error).split())
-        raise DataError(f"{path}: not what `sorahpc profile` writes ({reason}); record again") from None
-
-
-def _read(path: Path) -> list[dict[str, Any]]:
+def read_events(path: Path) -> list[dict[str, Any]]:
     try:
         with gzip.open(path, "rt", encoding="utf-8", errors="replace") as file:
             events: list[dict[str, Any]] = json.load(file)["traceEvents"]
@@ -347,7 +121,7 @@ def analyse(path: Path) -> Findings:
     Raises:
         DataError: it is not one, or has no step.
     """
-    raw = _read(path)
+    raw = read_events(path)
     events = [
         _Event(
             name=str(e.get("name", "")),
@@ -381,7 +155,7 @@ def analyse(path: Path) -> Findings:
     talk = _union((e.start, e.end) for e in events if _is_collective(e, bool(kernels)) and begin <= e.start < end)
     compute = _union((e.start, e.end) for e in work if not _is_collective(e, bool(kernels)))
     busy = _union((e.start, e.end) for e in work)
-    memory = [(round((at - begin) / 1e3, 2), size) for at, size in _memory(raw) if at >= begin]
+    memory = [(round((at - begin) / 1e3, 2), size) for at, size in memory_points(raw) if at >= begin]
     per_step = 1e-3 / steps
     return Findings(
         steps=steps,
@@ -508,7 +282,7 @@ def _length(intervals: Iterable[tuple[float, float]]) -> float:
     return sum(end - start for start, end in intervals)
 
 
-def _memory(raw: Iterable[dict[str, Any]]) -> list[tuple[float, int]]:
+def memory_points(raw: Iterable[dict[str, Any]]) -> list[tuple[float, int]]:
     """(us, bytes allocated) after each allocation and release; of the GPU where one was used.
 
     On the CPU torch counts from where it began to record: what is released and was there before makes no difference.
