@@ -246,7 +246,9 @@ def write_node(node: Node, path: Path) -> None:
 
 
 def read_node(path: Path) -> Node:
-    """Raises DataError for a file that `write_node` has not written."""
+    """Raises DataError for a file that is not there, or that `write_node` has not written."""
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; `sorahpc profile kernels` writes one into runs/<run>/profile/kernels")
     data = read_json(path)
     try:
         if data is None or data.pop("format") != FORMAT:
