@@ -16,7 +16,8 @@ import torch
 from models import write_t5, write_vae
 
 from sorahpc.config import Config, parse_config
-from sorahpc.data.cache import INDEX, LatentCache
+from sorahpc.data.cache import INDEX
+from sorahpc.data.latents import LatentCache
 from sorahpc.data.toyworld import write_world
 from sorahpc.errors import ConfigError, DataError, Stopped
 from sorahpc.jobs import encode, prepare

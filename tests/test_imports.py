@@ -27,7 +27,7 @@ ONE_PLACE = {
     "megatron": "sorahpc/distributed/megatron.py",
     "submitit": "sorahpc/cluster/submit.py",
     "nvidia.dali": "sorahpc/data/decode.py",
-    "h5py": "sorahpc/data/cache.py",
+    "h5py": "sorahpc/data/shards.py",
     "diffusers": "sorahpc/models/vae.py",
     "transformers": "sorahpc/models/text.py",
     "sorahpc._C": "sorahpc/ops/_library.py",

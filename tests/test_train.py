@@ -12,7 +12,7 @@ import torch
 from ranks import run_on_ranks
 
 from sorahpc.config import Config, parse_config
-from sorahpc.data.cache import LatentCache
+from sorahpc.data.latents import LatentCache
 from sorahpc.errors import DataError, NumericsError, SetupError, Stopped
 from sorahpc.runs import Task
 

@@ -16,20 +16,10 @@ from typing import Any
 import torch
 
 from sorahpc.config import ClipConfig, Config, config_hash
-from sorahpc.data.cache import (
-    EMPTY_TEXT,
-    PlannedShard,
-    ShardWriter,
-    Summary,
-    build_index,
-    clean_caption,
-    pin_info,
-    plan_shards,
-    remove_stale_parts,
-    write_empty_text,
-)
+from sorahpc.data.cache import PlannedShard, Summary, build_index, pin_info, plan_shards
 from sorahpc.data.decode import VideoError, decode, plan_clip
 from sorahpc.data.manifest import MANIFEST, Video, read_manifest, shown
+from sorahpc.data.shards import EMPTY_TEXT, ShardWriter, clean_caption, remove_stale_parts, write_empty_text
 from sorahpc.errors import DataError, Stopped
 from sorahpc.models.text import TextEncoder, load_text
 from sorahpc.models.vae import Vae, load_vae

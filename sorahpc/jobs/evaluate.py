@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 
 from sorahpc.config import ClipConfig, Config
-from sorahpc.data.cache import LatentCache
 from sorahpc.data.decode import ClipPlan, VideoError, decode, plan_clip, probe
+from sorahpc.data.latents import LatentCache
 from sorahpc.data.manifest import MANIFEST, Video, read_manifest
 from sorahpc.data.mp4 import write_mp4
 from sorahpc.data.toyworld import parse_caption

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from sorahpc import ops
 from sorahpc.config import Config, TrainConfig
-from sorahpc.data.cache import LatentCache
+from sorahpc.data.latents import LatentCache
 from sorahpc.data.packing import GlobalBatch, Packer
 from sorahpc.diffusion import flow
 from sorahpc.distributed import checkpoint, megatron

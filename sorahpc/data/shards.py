@@ -1,0 +1,413 @@
+"""A shard of the latent cache: an immutable HDF5 file of latents and text embeddings, and how it is written and read.
+
+A shard is written under a temporary name, closed, opened again and verified, fsynced, renamed, and its folder fsynced:
+a shard that exists is done, and a kill leaves at worst a `.part` file that nobody reads.
+
+Inside there is one dataset a latent shape, `latents/CxTxHxW` [N,C,T,H,W], chunk = one sample, no filter, so that a
+sample is one run of bytes; `text` [sum of L_i, dim], embeddings without padding; and one-dimensional datasets with a
+value a sample (`keys`, `captions`, `shapes`, ...). Values are fp16, or bf16 as uint16 with the attribute
+`torch_dtype`. Any HDF5 tool reads them. Where a sample's bytes lie is resolved through HDF5 once, by `read_shard`.
+
+`empty_text.h5` holds the empty caption's embedding in the same way, with its crc32.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import re
+import socket
+import time
+import zlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from sorahpc.data.manifest import shown
+from sorahpc.errors import DataError, SetupError
+from sorahpc.runs import atomic_write, fsync_dir
+
+VERSION = 1  # of the cache: of its shards, cache.json and index
+EMPTY_TEXT = "empty_text.h5"
+MAX_CAPTION_CHARS = 16_384
+STALE_PART_S = 3600.0
+MAX_SIDE = 1 << 20  # of a latent axis, so that products stay far inside int64
+_MAX_SAMPLES = 1 << 20  # a shard; more is not ours
+KEY = re.compile(r"[0-9a-f]{16}")
+
+
+def _h5py() -> Any:
+    try:
+        import h5py  # 0.2 s: not where only the index is read
+    except ImportError as error:
+        raise SetupError(f"cache: h5py can't be imported ({error}); pip install 'h5py>=3.14,<4'") from None
+    return h5py
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Values and captions as they are stored
+
+
+def clean_caption(text: str) -> str:
+    """A caption as it is stored and embedded: valid UTF-8, control characters as spaces, at most MAX_CAPTION_CHARS."""
+    text = text.encode("utf-8", "replace").decode("utf-8")
+    return "".join(c if c.isprintable() else " " for c in text[:MAX_CAPTION_CHARS]).strip()
+
+
+def _to_bits(x: torch.Tensor, dtype: str, what: str) -> np.ndarray:
+    """float32 -> '<f2', or bf16 as '<u2'. Raises DataError for what doesn't fit."""
+    if not bool(torch.isfinite(x).all()):
+        raise DataError(f"{what} has values that are not finite")
+    rounded = x.to(getattr(torch, dtype))
+    if not bool(torch.isfinite(rounded).all()):
+        raise DataError(
+            f"{what} reaches {x.abs().max().item():.6g}, beyond the range of encode.dtype={dtype}"
+            + ("; use encode.dtype=bfloat16" if dtype == "float16" else "")
+        )
+    rounded = rounded.contiguous()
+    if dtype == "float16":
+        return rounded.numpy().astype("<f2", copy=False)
+    return rounded.view(torch.int16).numpy().view(np.uint16).astype("<u2", copy=False)
+
+
+def from_bits(data: bytes | bytearray, dtype: str) -> torch.Tensor:
+    """Little-endian bytes of fp16 or bf16 -> float32, flat."""
+    writable = data if isinstance(data, bytearray) else bytearray(data)
+    return torch.frombuffer(writable, dtype=getattr(torch, dtype)).float()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
+
+
+@dataclass
+class ShardWriter:
+    """One shard in the making. Samples are held in memory until `commit`: a killed task loses a shard's work anyway.
+
+    Args:
+        folder, name: where to, and the name from the plan.
+        dtype: storage dtype, ``"float16"`` or ``"bfloat16"``.
+        channels, text_dim: what every sample must have.
+    """
+
+    folder: Path
+    name: str
+    dtype: str
+    channels: int
+    text_dim: int
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    rejected: list[dict[str, str]] = field(default_factory=list)
+
+    def add(self, key: str, latent: torch.Tensor, text: torch.Tensor, caption: str, fps: float, source: str) -> None:
+        """Take a sample.
+
+        Args:
+            key: 16 hex digits.
+            latent: float32 [C,T,H,W], raw.
+            text: float32 [L,dim], L >= 1.
+
+        Raises:
+            DataError: naming the clip: values that are not finite, or beyond the storage dtype.
+        """
+        assert KEY.fullmatch(key) and latent.ndim == 4 and latent.shape[0] == self.channels, (key, latent.shape)
+        assert text.ndim == 2 and len(text) >= 1 and text.shape[1] == self.text_dim, text.shape
+        what = f"{shown(source)}: sample {key}:"
+        z = _to_bits(latent.float(), self.dtype, f"{what} latent")
+        e = _to_bits(text.float(), self.dtype, f"{what} text embedding")
+        # Of the values as stored, since training sees those. In float64 the sums are good to 1e-9 for any clip.
+        stored = from_bits(z.tobytes(), self.dtype).reshape(z.shape).double().flatten(1)
+        self.samples.append(
+            {
+                "key": key, "z": z, "e": e, "caption": clean_caption(caption), "fps": float(fps),
+                "source": shown(source), "z_crc": zlib.crc32(z.tobytes()), "e_crc": zlib.crc32(e.tobytes()),
+                "sum": stored.sum(1).numpy(), "sumsq": stored.square().sum(1).numpy(), "count": stored.shape[1],
+            }
+        )  # fmt: skip
+
+    def reject(self, key: str, source: str, reason: str) -> None:
+        self.rejected.append({"key": key, "source": shown(source), "reason": clean_caption(reason)})
+
+    def commit(self) -> Path:
+        """Write, verify and publish the shard; with no sample at all too, so that its clips count as done.
+
+        Raises:
+            DataError: it can't be written (a full disk, say), or what was written doesn't read back.
+        """
+        final = self.folder / self.name
+        part = self.folder / f".{self.name}.{socket.gethostname()}.{os.getpid()}.part"
+        try:
+            self._write(part)
+            rows = read_shard(part, self.channels, self.text_dim, self.dtype).rows
+            self._verify(part, rows)
+            fd = os.open(part, os.O_RDONLY)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+            os.replace(part, final)
+            fsync_dir(self.folder)
+        except OSError as error:
+            raise DataError(f"{shown(final)}: can't write the shard: {error.strerror or error}; run again") from None
+        finally:
+            part.unlink(missing_ok=True)
+        return final
+
+    def _write(self, part: Path) -> None:
+        h5py = _h5py()
+        shapes = sorted({s["z"].shape for s in self.samples})
+        text = h5py.string_dtype("utf-8")
+        # No lock files: parallel file systems often lack them, and a shard has one writer by design.
+        with h5py.File(part, "w", libver=("v110", "v110"), locking=False) as f:
+            f.attrs.update({"sorahpc_cache": VERSION, "torch_dtype": self.dtype})
+            rows, offsets = {}, {}
+            for shape in shapes:
+                members = [s for s in self.samples if s["z"].shape == shape]
+                data = f.create_dataset(
+                    "latents/" + "x".join(map(str, shape)),
+                    (len(members), *shape),
+                    members[0]["z"].dtype,
+                    chunks=(1, *shape),
+                )
+                data.attrs["torch_dtype"] = self.dtype
+                for row, sample in enumerate(members):
+                    data.id.write_direct_chunk((row, 0, 0, 0, 0), sample["z"].tobytes())
+                    rows[sample["key"]] = row
+                    offsets[sample["key"]] = data.id.get_chunk_info_by_coord((row, 0, 0, 0, 0)).byte_offset
+            lengths = [len(s["e"]) for s in self.samples]
+            if self.samples:
+                f.create_dataset("text", data=np.concatenate([s["e"] for s in self.samples]))
+                f["text"].attrs["torch_dtype"] = self.dtype
+            column = {
+                "keys": np.array([s["key"].encode() for s in self.samples], "S16"),
+                "shapes": np.array([s["z"].shape for s in self.samples], "<i8").reshape(-1, 4),
+                "rows": np.array([rows[s["key"]] for s in self.samples], "<i8"),
+                "byte_offsets": np.array([offsets[s["key"]] for s in self.samples], "<i8"),
+                "latent_crc32": np.array([s["z_crc"] for s in self.samples], "<u4"),
+                "text_offsets": np.cumsum([0, *lengths], dtype="<i8"),
+                "text_crc32": np.array([s["e_crc"] for s in self.samples], "<u4"),
+                "fps": np.array([s["fps"] for s in self.samples], "<f8"),
+                "stats/sum": np.sum([s["sum"] for s in self.samples], axis=0)
+                if self.samples
+                else np.zeros(self.channels),
+                "stats/sumsq": np.sum([s["sumsq"] for s in self.samples], axis=0)
+                if self.samples
+                else np.zeros(self.channels),
+                "stats/count": np.array(sum(s["count"] for s in self.samples), "<i8"),  # values a channel
+            }
+            for name, values in column.items():
+                f.create_dataset(name, data=values)
+            for name in ("caption", "source"):
+                f.create_dataset(
+                    f"{name}s", data=[s[name] for s in self.samples], shape=(len(self.samples),), dtype=text
+                )
+            f.create_dataset(
+                "rejected", data=[json.dumps(r) for r in self.rejected], shape=(len(self.rejected),), dtype=text
+            )
+
+    def _verify(self, part: Path, rows: list[dict[str, Any]]) -> None:
+        expected = [(s["key"], s["z_crc"], s["e_crc"], s["caption"]) for s in self.samples]
+        if [(r["key"], r["latent_crc32"], r["text_crc32"], r["caption"]) for r in rows] != expected:
+            raise DataError(f"{shown(part)}: the shard doesn't read back as it was written; run again")
+        with open(part, "rb") as f:
+            for row in rows:
+                nbytes = 2 * row["channels"] * row["frames"] * row["height"] * row["width"]
+                for start, count, crc in (
+                    (row["latent_offset"], nbytes, row["latent_crc32"]),
+                    (row["text_offset"], 2 * row["text_len"] * self.text_dim, row["text_crc32"]),
+                ):
+                    f.seek(start)
+                    if zlib.crc32(f.read(count)) != crc:
+                        raise DataError(
+                            f"{shown(part)}: sample {row['key']} doesn't read back as it was written; run again"
+                        )
+
+
+def write_empty_text(folder: Path, text: torch.Tensor, dtype: str) -> None:
+    """Store the empty caption's embedding [L,dim] once; a file that exists is kept."""
+    path = folder / EMPTY_TEXT
+    if path.exists():
+        return
+    bits = _to_bits(text.float(), dtype, "embedding of the empty caption:")
+    buffer = io.BytesIO()
+    with _h5py().File(buffer, "w", libver=("v110", "v110")) as f:
+        f.create_dataset("text", data=bits).attrs.update({"torch_dtype": dtype, "crc32": zlib.crc32(bits.tobytes())})
+    atomic_write(path, buffer.getvalue())
+
+
+def remove_stale_parts(folder: Path) -> list[str]:
+    """Delete `.part` files of writers that are gone: dead on this host, or silent for an hour. Returns their names."""
+    removed = []
+    for part in sorted(folder.glob(".*.part")):
+        host, _, pid = part.name.removesuffix(".part").rpartition(".")
+        try:
+            stale = time.time() - part.stat().st_mtime > STALE_PART_S
+            if not stale and host.endswith(f".{socket.gethostname()}") and pid.isascii() and pid.isdigit():
+                stale = not _alive(int(pid))
+            if stale:
+                part.unlink()
+                removed.append(part.name)
+        except FileNotFoundError:  # its writer was quicker
+            continue
+    return removed
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+@dataclass(frozen=True)
+class Shard:
+    rows: list[dict[str, Any]]  # of the index, without `shard`
+    rejected: list[dict[str, str]]
+    sum: np.ndarray  # float64 [C]
+    sumsq: np.ndarray  # float64 [C]
+    count: int
+
+
+def read_shard(path: Path, channels: int, text_dim: int, dtype: str) -> Shard:
+    """Resolve a shard through HDF5, trusting none of its values. Sample bytes are not read.
+
+    Raises:
+        DataError: it can't be opened, or a value is out of its bounds.
+    """
+    h5py = _h5py()
+
+    def need(condition: Any, what: str) -> None:
+        if not condition:
+            raise DataError(f"{shown(path)}: {what}; delete the shard and run `sorahpc encode` again")
+
+    try:
+        size = path.stat().st_size
+        with h5py.File(path, "r", locking=False) as f:
+            need(f.attrs.get("sorahpc_cache") == VERSION, f"not a shard of cache version {VERSION}")
+            found = f.attrs.get("torch_dtype")
+            need(found == dtype, f"torch_dtype: expected {dtype}, found {found!r}")
+
+            def column(name: str, shape: tuple[int | None, ...], kind: str) -> np.ndarray:
+                data = f.get(name)
+                need(isinstance(data, h5py.Dataset), f"`{name}` is missing")
+                need(data.dtype == np.dtype(kind), f"`{name}`: dtype {kind} expected, found {data.dtype}")
+                fits = data.ndim == len(shape) and all(w in (None, n) for n, w in zip(data.shape, shape, strict=True))
+                need(
+                    fits and data.size <= 4 * _MAX_SAMPLES,
+                    f"`{name}`: shape {list(shape)} expected, found {data.shape}",
+                )
+                return np.asarray(data[()])
+
+            def strings(name: str, count: int | None) -> list[str]:
+                data = f.get(name)
+                need(isinstance(data, h5py.Dataset) and h5py.check_string_dtype(data.dtype), f"`{name}`: no strings")
+                need(
+                    data.ndim == 1 and data.size <= _MAX_SAMPLES and count in (None, data.size),
+                    f"`{name}`: {data.shape}",
+                )
+                return [bytes(v)[: 8 * MAX_CAPTION_CHARS].decode("utf-8", "replace") for v in data[()]]
+
+            keys = [k.decode("ascii", "replace") for k in column("keys", (None,), "S16")]
+            n = len(keys)
+            need(all(KEY.fullmatch(k) for k in keys) and len(set(keys)) == n, "`keys`: 16 hex digits each, once")
+            shapes = column("shapes", (n, 4), "<i8")
+            need(
+                ((shapes >= 1) & (shapes <= MAX_SIDE)).all() and (shapes[:, 0] == channels).all(),
+                "`shapes`: out of range",
+            )
+            rows_of, stored = column("rows", (n,), "<i8"), column("byte_offsets", (n,), "<i8")
+            crc, text_crc = column("latent_crc32", (n,), "<u4"), column("text_crc32", (n,), "<u4")
+            bounds, fps = column("text_offsets", (n + 1,), "<i8"), column("fps", (n,), "<f8")
+            need(bounds[0] == 0 and (n == 0 or np.diff(bounds).min() >= 1), "`text_offsets`: must rise from 0")
+            captions, sources = strings("captions", n), strings("sources", n)
+            total, squares = column("stats/sum", (channels,), "<f8"), column("stats/sumsq", (channels,), "<f8")
+            count = int(column("stats/count", (), "<i8"))
+            need(np.isfinite(total).all() and np.isfinite(squares).all() and count >= 0, "`stats`: out of range")
+
+            text_at = 0
+            if n:
+                text = f.get("text")
+                need(
+                    isinstance(text, h5py.Dataset) and text.shape == (int(bounds[-1]), text_dim), "`text`: wrong shape"
+                )
+                need(
+                    text.dtype.itemsize == 2 and text.chunks is None, "`text`: two bytes a value, contiguous, expected"
+                )
+                found_at = text.id.get_offset()
+                need(found_at is not None, "`text`: has no bytes in the file")
+                text_at = int(found_at)
+                need(text_at + 2 * text_dim * int(bounds[-1]) <= size, "`text`: ends after the file")
+            tables: dict[tuple[int, ...], dict[int, int]] = {}
+            for shape in {tuple(int(v) for v in s) for s in shapes}:
+                data = f.get("latents/" + "x".join(map(str, shape)))
+                need(isinstance(data, h5py.Dataset) and data.shape[1:] == shape, f"latents of {shape}: missing")
+                plain = data.chunks == (1, *shape) and data.id.get_create_plist().get_nfilters() == 0
+                need(plain and data.dtype.itemsize == 2, f"latents of {shape}: one unfiltered sample a chunk expected")
+                chunks: list[Any] = []
+                data.id.chunk_iter(chunks.append)
+                tables[shape] = {
+                    int(c.chunk_offset[0]): int(c.byte_offset) for c in chunks if c.size == 2 * math.prod(shape)
+                }
+            rows = []
+            for i, key in enumerate(keys):
+                shape = tuple(int(v) for v in shapes[i])
+                offset = tables[shape].get(int(rows_of[i]), -1)
+                inside = offset >= 0 and offset + 2 * math.prod(shape) <= size and offset == int(stored[i])
+                need(inside, f"sample {key}: its latent has no bytes in the file, or not where `byte_offsets` says")
+                rows.append(
+                    {
+                        "key": key, "channels": shape[0], "frames": shape[1], "height": shape[2], "width": shape[3],
+                        "latent_offset": offset, "latent_crc32": int(crc[i]),
+                        "text_offset": text_at + 2 * text_dim * int(bounds[i]),
+                        "text_len": int(bounds[i + 1] - bounds[i]), "text_crc32": int(text_crc[i]),
+                        "fps": float(fps[i]), "caption": captions[i], "source": sources[i],
+                    }
+                )  # fmt: skip
+            rejected = [json.loads(line) for line in strings("rejected", None)]
+            fields = {"key", "source", "reason"}
+            need(
+                all(isinstance(r, dict) and set(r) == fields for r in rejected),
+                "`rejected`: fields key, source, reason",
+            )
+            return Shard(rows, rejected, total, squares, count)
+    except FileNotFoundError:
+        raise DataError(f"{shown(path)}: no such shard; run `sorahpc encode`") from None
+    except DataError:
+        raise
+    # What HDF5 raises on damaged structures is any of these, by the place of the damage.
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, ArithmeticError, MemoryError) as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(f"{shown(path)}: damaged shard: {first}; delete it and run `sorahpc encode` again") from None
+
+
+def read_empty_text(folder: Path, text_dim: int, dtype: str) -> torch.Tensor:
+    """The empty caption's embedding, float32 [L,text_dim]. Raises DataError where it is missing or damaged."""
+    path = folder / EMPTY_TEXT
+    try:
+        with _h5py().File(path, "r", locking=False) as f:
+            data = f["text"]
+            if (
+                data.ndim != 2
+                or data.shape[1] != text_dim
+                or not 1 <= data.shape[0] <= 65_536
+                or data.dtype.itemsize != 2
+            ):
+                raise ValueError(f"[L,{text_dim}] of two bytes a value expected, found {data.shape} {data.dtype}")
+            bits, crc = np.ascontiguousarray(data[()]).tobytes(), int(data.attrs["crc32"])
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        first = (str(error).splitlines() or ["unreadable"])[0]
+        raise DataError(f"{shown(path)}: {first}; delete it and run `sorahpc encode` again") from None
+    if zlib.crc32(bits) != crc:
+        raise DataError(f"{shown(path)}: damaged (crc32 differs); delete it and run `sorahpc encode` again")
+    return from_bits(bits, dtype).view(-1, text_dim)

@@ -1,0 +1,141 @@
+"""A shard: plain HDF5 that holds what was added, or a refusal that names file and sample."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from caches import C, D, samples, write
+
+from sorahpc.data import shards as module
+from sorahpc.data.shards import ShardWriter, clean_caption, read_shard, remove_stale_parts
+from sorahpc.errors import DataError
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_shard_is_plain_hdf5_for_every_other_tool(tmp_path: Path, dtype: str) -> None:
+    rows = write(tmp_path, dtype, count=5, per_shard=5)
+    (path,) = tmp_path.glob("shard-*.h5")
+    with h5py.File(path, "r") as f:
+        data = f["latents/4x3x8x8"]
+        assert data.shape == (2, C, 3, 8, 8) and data.chunks == (1, C, 3, 8, 8) and data.compression is None
+        bits = data[1]
+        assert f["latents/4x3x8x8"].attrs["torch_dtype"] == dtype
+        if dtype == "bfloat16":
+            assert bits.dtype == np.uint16
+            value = torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16).float()
+        else:
+            value = torch.from_numpy(bits).float()
+        assert torch.equal(value, rows[3][1].to(getattr(torch, dtype)).float())
+        assert f["captions"].asstr()[3] == rows[3][3]
+        first, last = f["text_offsets"][3:5]
+        assert f["text"][first:last].shape == (last - first, D)
+        raw = path.read_bytes()[int(f["byte_offsets"][3]) :][: bits.nbytes]
+        assert zlib.crc32(raw) == f["latent_crc32"][3] == zlib.crc32(bits.tobytes())
+
+
+def test_hostile_shards_are_refused_not_crashed_on(tmp_path: Path) -> None:
+    """Bytes flipped all over the file: what read_shard lets pass must lie inside the file and have its crc."""
+    write(tmp_path, count=4)
+    (path,) = tmp_path.glob("shard-*.h5")
+    good = path.read_bytes()
+    rng = np.random.default_rng(0)
+    refused = 0
+    for _ in range(150):
+        bad = bytearray(good)
+        for at in rng.integers(len(bad), size=4):
+            bad[at] ^= int(rng.integers(1, 256))
+        path.write_bytes(bad)
+        try:
+            for row in read_shard(path, C, D, "float16").rows:
+                nbytes = 2 * row["channels"] * row["frames"] * row["height"] * row["width"]
+                assert 0 <= row["latent_offset"] <= len(bad) - nbytes
+                assert 0 <= row["text_offset"] <= len(bad) - 2 * D * row["text_len"]
+        except DataError as error:
+            refused += 1
+            assert path.name in str(error) and "\n" not in str(error)
+    assert refused > 20
+    for cut in (0, 1, 100, 1000, len(good) // 2, len(good) - 1):
+        path.write_bytes(good[:cut])
+        with pytest.raises(DataError, match=path.name):
+            read_shard(path, C, D, "float16")
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "word"),
+    [
+        ("shapes", [[C, 1 << 40, 1 << 40, 1 << 40]] * 4, "shapes"),
+        ("shapes", [[C, -1, 8, 8]] * 4, "shapes"),
+        ("text_offsets", [0, -5, 3, 4, 1 << 60], "text_offsets"),
+        ("text_offsets", [0, 1, 2, 3, 1 << 60], "text"),
+        ("byte_offsets", [1 << 62, 0, 0, 0], "latent has no bytes"),
+        ("rows", [1 << 60, -1, 0, 0], "latent has no bytes"),
+        ("keys", [b"../../etc/passwd"] * 4, "keys"),
+        ("stats/sum", [float("nan")] * C, "stats"),
+    ],
+)
+def test_hostile_values_in_a_shard_are_refused_by_name(tmp_path: Path, name: str, values: list, word: str) -> None:
+    write(tmp_path, count=4)
+    (path,) = tmp_path.glob("shard-*.h5")
+    with h5py.File(path, "r+") as f:
+        f[name][...] = values
+    with pytest.raises(DataError, match=word):
+        read_shard(path, C, D, "float16")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_values_that_are_not_finite_are_refused_and_name_the_clip(tmp_path: Path, value: float) -> None:
+    key, latent, text, *rest = samples(1)[0]
+    writer = ShardWriter(tmp_path, "shard-" + "0" * 16 + ".h5", "bfloat16", C, D)
+    latent[1, 2, 3, 4] = value
+    with pytest.raises(DataError, match=r"/videos/0.mp4: .*latent.*not finite"):
+        writer.add(key, latent, text, *rest)
+    assert writer.samples == []
+
+
+def test_values_beyond_float16_are_refused_in_float16_and_kept_in_bfloat16(tmp_path: Path) -> None:
+    key, latent, text, *rest = samples(1)[0]
+    latent[0, 0, 0, 0] = 70_000.0
+    with pytest.raises(DataError, match=r"70000.*encode.dtype=float16; use encode.dtype=bfloat16"):
+        ShardWriter(tmp_path, "x", "float16", C, D).add(key, latent, text, *rest)
+    ShardWriter(tmp_path, "x", "bfloat16", C, D).add(key, latent, text, *rest)
+
+
+def test_captions_from_others_are_made_printable_and_short() -> None:
+    assert clean_caption("a\0b\nc\x1b[31m\u202e\ud800") == "a b c [31m ?"
+    assert len(clean_caption("x" * 10**6)) == module.MAX_CAPTION_CHARS
+    assert clean_caption("猫がボールで遊ぶ 🎾") == "猫がボールで遊ぶ 🎾"
+
+
+def test_parts_of_the_dead_and_of_the_silent_are_removed_and_those_of_the_living_are_not(tmp_path: Path) -> None:
+    import socket
+    import subprocess
+    import sys
+
+    host = socket.gethostname()
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    mine, gone = tmp_path / f".a.h5.{host}.{os.getpid()}.part", tmp_path / f".b.h5.{host}.{dead.pid}.part"
+    other, silent = tmp_path / f".c.h5.elsewhere.{dead.pid}.part", tmp_path / f".d.h5.elsewhere.{dead.pid}.part"
+    for path in (mine, gone, other, silent):
+        path.write_bytes(b"x")
+    os.utime(silent, (1, 1))
+    assert remove_stale_parts(tmp_path) == [gone.name, silent.name]
+    assert mine.exists() and other.exists()
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module.os, "fsync", full)
+    writer = ShardWriter(tmp_path, "shard-" + "0" * 16 + ".h5", "float16", C, D)
+    writer.add(*samples(1)[0])
+    with pytest.raises(DataError, match="No space left on device"):
+        writer.commit()
+    assert list(tmp_path.iterdir()) == []
