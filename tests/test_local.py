@@ -161,9 +161,13 @@ def test_a_second_ctrl_c_ends_what_does_not_stop(tmp_path: Path) -> None:
     for _ in range(2):
         process.send_signal(signal.SIGINT)
         time.sleep(0.3)
-    process.communicate(timeout=10)
+    _, stderr = process.communicate(timeout=10)
     assert process.returncode == 130
     assert all(start_time(pid) is None for pid in pids(tmp_path))
+    said = "interrupted twice: left without saving"
+    assert [line for line in stderr.splitlines() if line.startswith("sorahpc: ")] == [f"sorahpc: train: {said}"]
+    status = json.loads(tiny.sorahpc("status", "tiny", "--json", cwd=tmp_path).stdout)["jobs"][0]
+    assert (status["state"], status["exit_code"], status["message"]) == ("failed", 130, said)
 
 
 def test_no_task_outlives_a_killed_launcher(tmp_path: Path) -> None:

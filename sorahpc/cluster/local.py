@@ -206,6 +206,7 @@ def run_local(config: Config, job: Job, launch: str, progress: bool, stream: Tex
     codes: dict[int, int] = {}
     failed: list[int] = []  # in the order of their ends: the first is the cause
     forward, asked, kill_at = _Forward(), False, float("inf")
+    killed: set[int] = set()  # by this launcher, which had asked before
 
     def start(rank: int) -> None:
         slot = free.pop(0)
@@ -254,6 +255,7 @@ def run_local(config: Config, job: Job, launch: str, progress: bool, stream: Tex
                     tell(signal.SIGTERM)
                 if running and (time.monotonic() > kill_at or forward.interrupts > 1):
                     kill_at = float("inf")
+                    killed |= set(running)
                     tell(signal.SIGKILL)
         finally:
             tell(signal.SIGKILL)
@@ -262,7 +264,12 @@ def run_local(config: Config, job: Job, launch: str, progress: bool, stream: Tex
 
     result, message = 0, ""
     unfinished = len(waiting) + sum(code != 0 for code in codes.values())
-    if failed or unfinished:
+    if failed and killed.issuperset(failed):  # no fault of theirs, nor a lack of memory
+        twice = forward.interrupts > 1
+        message = f"{'interrupted twice' if twice else 'did not stop in time'}: left without saving"
+        print(f"sorahpc: {job.name}: {message}", file=stream)
+        result = 128 + (signal.SIGINT if twice else signal.SIGKILL)
+    elif failed or unfinished:
         message = tell_end(folder, job.kind, codes, failed, sizes, stream)
         code = codes[failed[0]] if failed else Stopped.exit_code
         result = code if code > 0 else 128 - code
