@@ -20,6 +20,7 @@ from typing import Any
 from sorahpc.cluster.launch import describe_job, launch, wait_for_slurm
 from sorahpc.config import Config, load_config
 from sorahpc.data.toyworld import COLOURS, DIRECTIONS, SHAPES, SIZES, SPEEDS
+from sorahpc.errors import CheckpointError, DataError
 from sorahpc.log import Progress, duration
 from sorahpc.report import ASPECTS, JOBS, shares, write_report
 from sorahpc.runs import Task, atomic_write, read_json, write_json
@@ -60,6 +61,9 @@ def main(config: str = "demo", overrides: Sequence[str] = (), cluster: str | Non
             code, job_id = launch(cfg, describe_job(job))
             if job_id is not None:  # on Slurm a launch returns at once, and each stage needs the one before
                 code = wait_for_slurm(cfg, describe_job(job), job_id, progress=True)
+        if code in (DataError.exit_code, CheckpointError.exit_code):  # what it refuses, the demo made
+            advice = "delete it, or name another run: sorahpc demo run=NAME"
+            print(f"sorahpc: demo: {cfg.run_dir} may be of a demo with other settings: {advice}", file=sys.stderr)
         if code:
             return code
     with stage("report"):

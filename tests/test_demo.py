@@ -13,6 +13,7 @@ import pytest
 from sorahpc import demo
 from sorahpc.config import load_config
 from sorahpc.data.toyworld import COLOURS, DIRECTIONS, SHAPES, parse_caption
+from sorahpc.errors import DataError
 from sorahpc.report import ASPECTS
 
 
@@ -42,6 +43,26 @@ def test_prompts_of_a_former_run_are_kept(tmp_path: Path) -> None:
     path.write_text('{"prompt": "mine"}\n')
     demo.make_prompts(config)
     assert path.read_text() == '{"prompt": "mine"}\n'
+
+
+@pytest.mark.parametrize(("code", "helps"), [(4, True), (5, True), (3, False), (10, False)])
+def test_a_job_that_refuses_what_an_older_demo_left_is_followed_by_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], code: int, helps: bool
+) -> None:
+    for name in ("make_videos", "make_text_encoder", "make_prompts"):
+        monkeypatch.setattr(demo, name, lambda config: None)
+    monkeypatch.setattr(demo, "launch", lambda config, job: (code, None))
+    assert demo.main(overrides=[f"runs_dir={tmp_path}"]) == code
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("sorahpc: demo: ")]
+    advice = f"{tmp_path}/demo may be of a demo with other settings: delete it, or name another run: "
+    assert told == ([f"sorahpc: demo: {advice}sorahpc demo run=NAME"] if helps else [])
+
+
+def test_a_world_of_another_seed_says_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "scenes.jsonl").write_text('{"of": "an older version"}\n')
+    config = load_config("demo", [f"runs_dir={tmp_path}", f"prepare.videos={tmp_path}", "demo.clips=1"])
+    with pytest.raises(DataError, match=r"another world .*; delete the folder, or choose another"):
+        demo.make_videos(config)
 
 
 def test_timings_add_up_over_runs_and_are_kept_when_a_stage_fails(tmp_path: Path) -> None:

@@ -305,7 +305,7 @@ def write_world(
             if old != new:
                 raise DataError(
                     f"{listing}: line {i + 1} is of another world than seed={seed} frames={list(frames)} "
-                    f"sizes={[tuple(s) for s in sizes]} fps={fps}; choose an empty folder"
+                    f"sizes={[tuple(s) for s in sizes]} fps={fps}; delete the folder, or choose another"
                 )
         if len(lines) > len(known):  # first: from now on the folder is known to be this world's
             atomic_write(listing, "\n".join(lines) + "\n")
