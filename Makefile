@@ -5,6 +5,7 @@
 # make lint     ruff and mypy; `make format` rewrites what ruff asks for
 # make bench    every benchmarks/bench_*.py
 # make build    only the environment and the kernels; every target above does this first, and again only what changed
+# make nvcc     NVIDIA's compiler in build/nvcc, for the test that compiles the CUDA kernels (104 MB of wheels)
 # make clean    removes what these made, runs/ excepted
 #
 # PYTHON=python3.12 chooses the interpreter of a new environment, VENV=path its place. setup.py reads SORAHPC_CUDA
@@ -20,10 +21,13 @@ SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12)
 PYTHON ?= $(shell for p in python3 python3.11 python3.12; do $$p -c "$(SUPPORTED)" 2>/dev/null && echo $$p && break; done)
 KERNELS := $(wildcard csrc/*.* csrc/*/*.*)
 LIBRARY := sorahpc/_ops.abi3.so
+# All that nvcc 13.0 asks for; in a folder of its own, since a torch with CUDA has other versions in the environment.
+NVCC := nvidia-cuda-nvcc==13.0.88 nvidia-nvvm==13.0.88 nvidia-cuda-crt==13.0.88 nvidia-cuda-runtime==13.0.96 \
+  nvidia-cuda-cccl==13.0.85
 # One thread a process: tests start several, and idle OpenMP threads cost more than they bring on a small machine.
 PYTEST := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest
 
-.PHONY: build demo test slow sanitize lint format bench clean FORCE
+.PHONY: build demo test slow sanitize nvcc lint format bench clean FORCE
 
 build: $(VENV)/.built
 
@@ -47,6 +51,8 @@ sanitize: build
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=. OMP_NUM_THREADS=2 \
 	  $(abspath $(BIN))/python -m pytest -c ../../pyproject.toml --rootdir ../.. -p no:cacheprovider -q \
 	  ../../tests/test_ops_*.py $(ARGS)
+
+nvcc: build/nvcc/.built
 
 lint: build
 	@$(BIN)/ruff check .
@@ -80,4 +86,10 @@ $(VENV)/.deps: pyproject.toml setup.py constraints.txt | $(BIN)/python
 $(VENV)/.built: $(VENV)/.deps $(KERNELS) $(if $(wildcard $(LIBRARY)),,FORCE)
 	@if [ "$${SORAHPC_NATIVE:-1}" = 0 ]; then echo "make: SORAHPC_NATIVE=0: no kernels, the Python references serve"; \
 	else $(BIN)/python setup.py -q build_ext --inplace; fi
+	@touch $@
+
+# --target adds to a folder: another version would lie beside the old one.
+build/nvcc/.built: Makefile | $(BIN)/python
+	@rm -rf build/nvcc
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --target build/nvcc $(NVCC)
 	@touch $@
