@@ -28,7 +28,9 @@ ROOT = Path(__file__).resolve().parent
 # The oldest torch whose stable ABI the kernels use; they load in every later one.
 TORCH_TARGET = "0x020b000000000000"  # 2.11
 CXX_FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"]
-SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g1", "-O1"]
+# Without UBSan's check for null, which AddressSanitizer sees too: it takes half of the time to compile.
+SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize=null", "-fno-sanitize-recover=undefined"]
+SANITIZE += ["-fno-omit-frame-pointer", "-g1", "-O1"]
 # The CPU kernels are compiled once for each level, and the best that a machine has is taken when the ops are loaded:
 # one build runs anywhere, without -march=native. Uninitialized: GCC 12 says so of its own intrinsics.
 KERNEL_FLAGS = [*CXX_FLAGS, "-fPIC", "-fno-math-errno", "-Wno-psabi", "-Wno-maybe-uninitialized"]

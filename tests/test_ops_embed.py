@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from levels import LEVELS, run_at_level
 from torch import Tensor
 
 from sorahpc import ops
 from sorahpc.ops._library import LIBRARY
-
-ROOT = Path(__file__).resolve().parent.parent
 
 PACKS = {
     "ragged": [(4, 2, 3), (1, 8, 8), (2, 3, 1), (1, 1, 1), (7, 2, 2)],
@@ -93,7 +87,7 @@ def test_add_sincos3d_is_exact_to_a_rounding(
 
 
 @compiled_only
-@pytest.mark.parametrize("level", ["v4bf16", "v4", "v3", "base"])
+@pytest.mark.parametrize("level", LEVELS)
 def test_every_cpu_level_is_right(level: str) -> None:
     script = """if True:
         import torch
@@ -111,9 +105,7 @@ def test_every_cpu_level_is_right(level: str) -> None:
             with ops.use_reference():
                 torch.testing.assert_close(got, ops.timestep_embedding(t, dim), rtol=0, atol=3e-7)
     """
-    env = {**os.environ, "SORAHPC_CPU_LEVEL": level}
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run_at_level(level, script)
 
 
 @devices

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import importlib
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from levels import LEVELS, run_at_level
 from torch import Tensor
 
 from sorahpc import ops
 from sorahpc.ops._library import LIBRARY
 
-ROOT = Path(__file__).resolve().parent.parent
 MODULE = importlib.import_module("sorahpc.ops.flow_patchify")  # the package's attribute is the function
 
 PACKS = {
@@ -105,7 +101,7 @@ def test_compiled_and_reference_agree_to_the_bit(dtype: torch.dtype, target: str
 
 
 @compiled_only
-@pytest.mark.parametrize("level", ["v4bf16", "v4", "v3", "base"])
+@pytest.mark.parametrize("level", LEVELS)
 def test_every_cpu_level_gives_the_same_bits(level: str) -> None:
     script = """if True:
         import torch
@@ -123,9 +119,7 @@ def test_every_cpu_level_gives_the_same_bits(level: str) -> None:
                 expected = ops.flow_patchify(*args, seed=2**63 - 1, target=target)
             assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1]), (dtype, target)
     """
-    env = {**os.environ, "SORAHPC_CPU_LEVEL": level}
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run_at_level(level, script)
 
 
 @devices

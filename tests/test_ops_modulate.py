@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import itertools
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
+from levels import LEVELS, run_at_level
 from torch import Tensor
 
 from sorahpc import ops
 from sorahpc.ops._library import LIBRARY
-
-ROOT = Path(__file__).resolve().parent.parent
 
 LENS = {
     "one sample": [70],
@@ -37,7 +32,6 @@ GIVEN = {
 }
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 NAMES = ("x", "branch", "gate", "shift", "scale")
-LEVELS = ("v4bf16", "v4", "v3", "base")
 
 compiled_only = pytest.mark.skipif(not LIBRARY.is_file(), reason="sorahpc._ops is not built (make build)")
 devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -402,12 +396,7 @@ CHECK_A_LEVEL = """if True:
 @compiled_only
 @pytest.mark.parametrize("level", LEVELS)
 def test_every_level_of_cpu_gives_the_result(level: str) -> None:
-    """A machine takes the best that it has, at most the one named: the lower ones it has all of."""
-    environment = {**os.environ, "SORAHPC_CPU_LEVEL": level}
-    done = subprocess.run(
-        [sys.executable, "-c", CHECK_A_LEVEL], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0 and "checked" in done.stdout, done.stderr
+    assert "checked" in run_at_level(level, CHECK_A_LEVEL)
 
 
 X, V, LENS_4 = torch.zeros(4, 6), torch.zeros(2, 6), torch.tensor([1, 3])

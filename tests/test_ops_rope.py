@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from levels import LEVELS, run_at_level
 from torch import Tensor
 
 from sorahpc import ops
@@ -324,7 +321,7 @@ def test_a_result_larger_than_the_caches_is_the_same() -> None:
             assert all(torch.equal(s, w[part]) for s, w in zip(small, whole, strict=True))
 
 
-LEVELS = """if True:
+SCRIPT = """if True:
     import torch
     import test_ops_rope as t
     grids = t.grids_of(t.PACKS["ragged"])
@@ -351,13 +348,9 @@ LEVELS = """if True:
 
 
 @compiled_only
-@pytest.mark.parametrize("level", ["v4bf16", "v4", "v3", "base"])
+@pytest.mark.parametrize("level", LEVELS)
 def test_every_level_of_the_cpu_kernels_is_right(level: str) -> None:
-    """A level that this machine lacks falls to the next one down that it has."""
-    package = Path(ops.__file__).parents[2]  # under `make sanitize` not this checkout
-    env = {**os.environ, "SORAHPC_CPU_LEVEL": level, "PYTHONPATH": f"{package}{os.pathsep}{Path(__file__).parent}"}
-    done = subprocess.run([sys.executable, "-c", LEVELS], env=env, cwd=package, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run_at_level(level, SCRIPT)
 
 
 Q, W, G = torch.zeros(4, 2, 8), torch.ones(8), grids_of([(1, 2, 2)])
