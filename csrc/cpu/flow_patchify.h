@@ -247,16 +247,10 @@ void flow_rows(const sorahpc::FlowPatchify& op, const sorahpc::Draw& draw, const
 
 void flow_patchify(const sorahpc::FlowPatchify* op, const sorahpc::Draw* draw, const Sample* sample, int64_t t,
                    int64_t h0, int64_t h1, const char* latent, char* tokens, char* target, char* scratch) {
-  const auto typed = [&](auto type) {
-    using T = decltype(type);
+  with_number(op->dtype, [&](auto x) {
+    using T = decltype(x);
     flow_rows<T>(*op, *draw, *sample, t, h0, h1, (const T*)latent, (T*)tokens, (T*)target, (T*)scratch);
-  };
-  switch (op->dtype) {
-    case Dtype::f16: return typed(half_t{});
-    case Dtype::bf16: return typed(bf16_t{});
-    case Dtype::f32: return typed(float{});
-    case Dtype::f64: return typed(double{});
-  }
+  });
 }
 
 }  // namespace

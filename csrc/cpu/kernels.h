@@ -30,8 +30,8 @@ struct CpuKernels {
   void (*ada_norm_backward)(const AdaNorm* op, const Sample* samples, int64_t begin, int64_t end);
   // Sums [begin, end) of the num_samples * kinds, once all chunks are done.
   void (*ada_norm_sums)(const AdaNorm* op, const Sample* samples, int64_t begin, int64_t end);
-  // Tokens [begin, end) of op's; tables[axis]: see ops/embed.cpp.
-  void (*sincos3d)(const Sincos3d* op, const void* const* tables, const Sample* samples, int64_t num_samples,
+  // Tokens [begin, end) of op's; table: see ops/embed.cpp.
+  void (*sincos3d)(const Sincos3d* op, const void* table, const Sample* samples, int64_t num_samples,
                    int64_t begin, int64_t end);
   void (*timesteps)(const Timesteps* op, bool as_double, int64_t begin, int64_t end);
 };

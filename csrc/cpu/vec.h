@@ -46,6 +46,17 @@ struct Compute<double> {
   using type = double;
 };
 
+// f(a number of the dtype)
+template <typename F>
+void with_number(Dtype dtype, F&& f) {
+  switch (dtype) {
+    case Dtype::f16: return f(half_t{});
+    case Dtype::bf16: return f(bf16_t{});
+    case Dtype::f32: return f(float{});
+    case Dtype::f64: return f(double{});
+  }
+}
+
 template <typename C, int N>
 struct VecOf {
   typedef C type __attribute__((vector_size(N * sizeof(C))));
