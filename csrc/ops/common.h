@@ -50,6 +50,11 @@ ScalarType compute_type(Dtype dtype);
 // be read before it is written, half as much traffic again. A quarter of a common server's share of last-level cache.
 constexpr int64_t STREAM_BYTES = 16 << 20;
 
+// Of a thread's own memory, in whole cache lines.
+struct alignas(64) Line {
+  char bytes[64];
+};
+
 template <typename T = char>
 const T* data(const Tensor& x) {
   return static_cast<const T*>(x.const_data_ptr());
