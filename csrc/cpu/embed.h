@@ -24,10 +24,12 @@ void sincos3d_tokens(const Sincos3d& op, const void* table, const Sample* sample
       T* out = (T*)op.out + (3 * token + a) * width;
       in_vectors<LANES<C>>(width, [&](auto w, int64_t i) __attribute__((always_inline)) {
         constexpr int N = decltype(w)::value;
-        if constexpr (ADD)
+        if constexpr (ADD) {
+          prefetch(ahead(x + i));
           store<STREAM, N>(out + i, load<N>(x + i) + load<N>(row + i));
-        else
+        } else {
           store<STREAM, N>(out + i, load<N>(row + i));
+        }
       });
     }
   }
