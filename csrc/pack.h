@@ -39,24 +39,23 @@ SORAHPC_HD int64_t find_sample(const Sample* samples, int64_t num_samples, int64
 // A walk over a pack's tokens, one by one from `token` on, with the place of each in its sample's grid.
 struct Walk {
   const Sample* sample;
-  Sample grid;  // *sample, kept: what a kernel stores might be it, to a compiler
   int32_t t, h, w;
 
   SORAHPC_HD Walk(const Sample* samples, int64_t num_samples, int64_t token)
-      : sample(samples + find_sample(samples, num_samples, token)), grid(*sample) {
-    const int64_t i = token - grid.first_token, row = i / grid.W;
-    w = int32_t(i - row * grid.W), h = int32_t(row % grid.H), t = int32_t(row / grid.H);
+      : sample(samples + find_sample(samples, num_samples, token)) {
+    const int64_t i = token - sample->first_token, row = i / sample->W;
+    w = int32_t(i - row * sample->W), h = int32_t(row % sample->H), t = int32_t(row / sample->H);
   }
 
   // From the pack's last token at most one step, to the table's last entry.
   SORAHPC_HD void next() {
-    if (++w < grid.W) return;
+    if (++w < sample->W) return;
     w = 0;
-    if (++h < grid.H) return;
+    if (++h < sample->H) return;
     h = 0;
-    if (++t < grid.T) return;
+    if (++t < sample->T) return;
     t = 0;
-    grid = *++sample;
+    ++sample;
   }
 };
 
