@@ -39,9 +39,11 @@ SORAHPC_HD void flow(Target target, C t, typename M::F x0, typename M::F eps, ty
     learned = M::add(M::mul(M::f(C(1) - t), eps), -M::mul(M::f(t), x0));
 }
 
-// CUDA: how threads share a pack. A slot is a block of four elements, which one thread draws the noise for; sample i has
-// slots from here on, at least as many as it has blocks.
-SORAHPC_HD int64_t first_slot(const Sample* samples, int64_t i, int64_t P) { return samples[i].first_token * P / 4 + i; }
+// CUDA: how threads share a pack. A slot is a block of four elements, which one thread draws the noise for; sample i
+// has slots from here on, at least as many as it has blocks.
+SORAHPC_HD int64_t first_slot(const Sample* samples, int64_t i, int64_t P) {
+  return samples[i].first_token * P / 4 + i;
+}
 
 SORAHPC_HD int64_t sample_of_slot(const Sample* samples, int64_t num_samples, int64_t P, int64_t slot) {
   int64_t low = 0, high = num_samples;
@@ -55,8 +57,8 @@ SORAHPC_HD int64_t sample_of_slot(const Sample* samples, int64_t num_samples, in
   return low;
 }
 
-// CUDA: a walk over a sample's latent, pixel by pixel from element e on. Divisions of what fits into 32 bits are done in
-// them, several times as fast; what does not, only a latent of one row can have.
+// CUDA: a walk over a sample's latent, pixel by pixel from element e on. What fits into 32 bits is divided in them,
+// several times as fast; only a latent of one row can have more.
 struct PixelWalk {
   int64_t grid_H, grid_W, width, height, frames;
   uint32_t pt, ph, pw;

@@ -1,5 +1,5 @@
-// A copy past the caches: the fastest that this machine moves bytes. Ops write with it what they put together in memory of
-// their own, and profile measures them against it.
+// A copy past the caches: the fastest that this machine moves bytes. Ops write with it what they put together in memory
+// of their own, and profile measures them against it.
 #pragma once
 
 #include "vec.h"

@@ -11,8 +11,8 @@ using sorahpc::Sincos3d;
 using sorahpc::Walk;
 
 template <typename T, bool ADD, bool STREAM>
-void sincos3d_tokens(const Sincos3d& op, const void* table, const Sample* samples, int64_t num_samples,
-                     int64_t begin, int64_t end) {
+void sincos3d_tokens(const Sincos3d& op, const void* table, const Sample* samples, int64_t num_samples, int64_t begin,
+                     int64_t end) {
   using C = typename Compute<T>::type;
   const int64_t width = 2 * op.half;
   Walk walk(samples, num_samples, op.first + begin);

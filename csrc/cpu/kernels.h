@@ -13,7 +13,7 @@ namespace sorahpc {
 struct CpuKernels {
   // Moves token rows [h0, h1) of frame t of one sample, all channels; the pointers are at the sample's first element.
   // item_bytes: 2, 4 or 8; the elements are bytes to us. to_tokens: patchify, else unpatchify. scratch holds these
-  // tokens; null: written where they belong at once, through the caches. With it, stream_fence comes after the last call.
+  // tokens, and after the last call comes stream_fence; null: written where they belong at once, through the caches.
   void (*patchify)(const Patchify* op, int item_bytes, bool to_tokens, const Sample* sample, int64_t t, int64_t h0,
                    int64_t h1, char* latent, char* tokens, char* scratch);
   // Tokens [begin, end) of op's, both of q and k. tables[axis]: see ops/rope3d.cpp.
@@ -32,8 +32,8 @@ struct CpuKernels {
   // Sums [begin, end) of the num_samples * kinds, once all chunks are done.
   void (*ada_norm_sums)(const AdaNorm* op, const Sample* samples, int64_t begin, int64_t end);
   // Tokens [begin, end) of op's; table: see ops/embed.cpp.
-  void (*sincos3d)(const Sincos3d* op, const void* table, const Sample* samples, int64_t num_samples,
-                   int64_t begin, int64_t end);
+  void (*sincos3d)(const Sincos3d* op, const void* table, const Sample* samples, int64_t num_samples, int64_t begin,
+                   int64_t end);
   void (*timesteps)(const Timesteps* op, bool as_double, int64_t begin, int64_t end);
 };
 

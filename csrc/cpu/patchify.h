@@ -1,5 +1,6 @@
-// patchify on CPU. Either direction turns matrices over: what is a row of pixels on one side is a column on the other, of
-// one unit a token. Blocks of them are turned in registers, and put together in memory that stays in the second cache.
+// patchify on CPU. Either direction turns matrices over: what is a row of pixels on one side is a column on the other,
+// of one unit a token. Blocks of them are turned in registers, and put together in memory that stays in the second
+// cache.
 #pragma once
 
 #include "../patchify.h"
@@ -40,8 +41,8 @@ struct TokenRows {
   char* pixel_row(int64_t c, int64_t it, int64_t y) const { return pixels + c * channel + it * frame + y * row; }
 };
 
-// What is turned over for a token row. Channels first: one matrix of all its rows of pixels, in units of a patch's width.
-// Last: one for each (it, ih), of its rows in all channels, in units of a pixel.
+// What is turned over for a token row. Channels first: one matrix of all its rows of pixels, in units of a patch's
+// width. Last: one for each (it, ih), of its rows in all channels, in units of a pixel.
 struct Matrices {
   int64_t number, rows, rows_a_channel, columns, columns_a_token;
 
@@ -90,7 +91,7 @@ void turn_matrices(const Patchify& p, const Matrices& m, int64_t num_rows, int64
           unrolled<N>([&](auto k) __attribute__((always_inline)) {
             constexpr int i = decltype(k)::value;
             const char* const from = TO_TOKENS ? row[i] + begin * unit : block + column[i];
-            // Tokens are read with gaps, which a later block reads: where they lie is far off sooner.
+            // Tokens are read with gaps, for another row of blocks to fill: the same number of lines is further on.
             prefetch(TO_TOKENS ? ahead(from) : from + (1 << 14));
             std::memcpy(&v[i], from, sizeof(v[i]));
           });

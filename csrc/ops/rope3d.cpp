@@ -9,8 +9,8 @@ extern "C" int sorahpc_rope3d_cuda(const Rope3d* op, const Sample* samples, int6
                                    const Sample* on_device, int64_t num_chunks, void* stream);
 #endif
 
-// Tables of cos and sin, one an axis, for positions 0 to the largest of its grids: a row holds what a head's loop reads,
-// each cos twice and then -sin, +sin for interleaved pairs, else cos and then sin once.
+// Tables of cos and sin, one an axis, a row for each of its positions: a row holds what a head's loop reads, each cos
+// twice and then -sin, +sin for interleaved pairs, else cos and then sin once.
 template <typename C>
 std::vector<C> fill_tables(const Rope3d& op, const Samples& samples, const void** tables) {
   const auto rows = samples.largest();
@@ -25,13 +25,14 @@ std::vector<C> fill_tables(const Rope3d& op, const Samples& samples, const void*
   C* table = all.data();
   for (int a = 0; a < 3; table += rows[a] * pairs[a] * 2 * copies, ++a) {
     tables[a] = table;
-    for_angles(rows[a], pairs[a], op.theta[a], op.scale[a], op.offset[a], [&](int64_t row, int64_t i, double c, double s) {
+    const auto put = [&](int64_t row, int64_t i, double c, double s) {
       C* const cos = table + row * pairs[a] * 2 * copies + i * copies;
       C* const sin = cos + pairs[a] * copies;
       cos[0] = cos[copies - 1] = C(c);
       sin[copies - 1] = C(sign * s);
       if (op.interleaved) sin[0] = C(-sign * s);
-    });
+    };
+    for_angles(rows[a], pairs[a], op.theta[a], op.scale[a], op.offset[a], put);
   }
   return all;
 }

@@ -1,6 +1,6 @@
-// The slots and pixels that the CUDA kernel of flow_patchify walks, against Patchify's own map: checks the index math of
-// the GPU where there is none. Arguments: C pt ph pw channels_last, then T H W of each sample. Exit 0: every element is
-// taken once, and to its place; of samples of many elements some are looked at, here and there.
+// The slots and pixels that the CUDA kernel of flow_patchify walks, against Patchify's own map: checks the index math
+// of the GPU where there is none. Arguments: C pt ph pw channels_last, then T H W of each sample. Exit 0: every element
+// is taken once, and to its place; of samples of many elements some are looked at, here and there.
 #include "flow_patchify.h"
 
 #include <algorithm>
@@ -21,7 +21,8 @@ int main(int argc, char** argv) {
   const int64_t num_samples = int64_t(samples.size());
   samples.push_back({total, 0, 0, 0});
 
-  const int64_t slots = sorahpc::first_slot(samples.data(), num_samples, P), step = std::max<int64_t>(1, slots / 100000);
+  const int64_t slots = sorahpc::first_slot(samples.data(), num_samples, P);
+  const int64_t step = std::max<int64_t>(1, slots / 100000);
   int64_t taken = 0, before = -1;
   for (int64_t slot = 0; slot < slots; slot = slot + 1 == slots ? slots : std::min(slot + step, slots - 1)) {
     const int64_t i = sorahpc::sample_of_slot(samples.data(), num_samples, P, slot);
