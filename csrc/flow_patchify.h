@@ -39,6 +39,62 @@ SORAHPC_HD void flow(Target target, C t, typename M::F x0, typename M::F eps, ty
     learned = M::add(M::mul(M::f(C(1) - t), eps), -M::mul(M::f(t), x0));
 }
 
+// CUDA: how threads share a pack. A slot is a block of four elements, which one thread draws the noise for; sample i
+// has slots from here on, at least as many as it has blocks.
+SORAHPC_HD int64_t first_slot(const Sample* samples, int64_t i, int64_t P) {
+  return samples[i].first_token * P / 4 + i;
+}
+
+SORAHPC_HD int64_t sample_of_slot(const Sample* samples, int64_t num_samples, int64_t P, int64_t slot) {
+  int64_t low = 0, high = num_samples;
+  while (high - low > 1) {
+    const int64_t mid = (low + high) / 2;
+    if (first_slot(samples, mid, P) <= slot)
+      low = mid;
+    else
+      high = mid;
+  }
+  return low;
+}
+
+// CUDA: a walk over a sample's latent, pixel by pixel from element e on. What fits into 32 bits is divided in them,
+// several times as fast; only a latent of one row can have more.
+struct PixelWalk {
+  int64_t grid_H, grid_W, width, height, frames;
+  uint32_t pt, ph, pw;
+  int64_t w, h, t, channel;
+
+  SORAHPC_HD PixelWalk(const Patchify& p, const Sample& s, int64_t e)
+      : grid_H(s.H), grid_W(s.W), width(s.W * p.pw), height(s.H * p.ph), frames(s.T * p.pt), pt(uint32_t(p.pt)),
+        ph(uint32_t(p.ph)), pw(uint32_t(p.pw)) {
+    w = e % width;
+    e /= width;
+    h = e % height;
+    e /= height;
+    t = e % frames, channel = e / frames;
+  }
+
+  static SORAHPC_HD int64_t quotient(int64_t x, uint32_t y) {
+    return x <= 0xffffffffll ? int64_t(uint32_t(x) / y) : x / y;
+  }
+
+  // Where it lies in the sample's tokens.
+  SORAHPC_HD int64_t in_tokens(const Patchify& p) const {
+    const int64_t at_t = quotient(t, pt), at_h = quotient(h, ph), at_w = quotient(w, pw);
+    return ((at_t * grid_H + at_h) * grid_W + at_w) * p.token_size() +
+           p.in_token(channel, t - at_t * pt, h - at_h * ph, w - at_w * pw);
+  }
+
+  SORAHPC_HD void next() {
+    if (++w < width) return;
+    w = 0;
+    if (++h < height) return;
+    h = 0;
+    if (++t < frames) return;
+    t = 0, ++channel;
+  }
+};
+
 // A kernel's arguments hold the tables of so many, within 4 kB.
 constexpr int MAX_NOISED_IN_ARGUMENTS = 96;
 

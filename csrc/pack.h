@@ -6,7 +6,8 @@
 #ifdef __CUDACC__
 #define SORAHPC_HD __host__ __device__ __forceinline__
 #else
-#define SORAHPC_HD inline
+// Always: see cpu/vec.h about what the linker would else do.
+#define SORAHPC_HD inline __attribute__((always_inline))
 #endif
 
 namespace sorahpc {
@@ -34,5 +35,28 @@ SORAHPC_HD int64_t find_sample(const Sample* samples, int64_t num_samples, int64
   }
   return low;
 }
+
+// A walk over a pack's tokens, one by one from `token` on, with the place of each in its sample's grid.
+struct Walk {
+  const Sample* sample;
+  int32_t t, h, w;
+
+  SORAHPC_HD Walk(const Sample* samples, int64_t num_samples, int64_t token)
+      : sample(samples + find_sample(samples, num_samples, token)) {
+    const int64_t i = token - sample->first_token, row = i / sample->W;
+    w = int32_t(i - row * sample->W), h = int32_t(row % sample->H), t = int32_t(row / sample->H);
+  }
+
+  // From the pack's last token at most one step, to the table's last entry.
+  SORAHPC_HD void next() {
+    if (++w < sample->W) return;
+    w = 0;
+    if (++h < sample->H) return;
+    h = 0;
+    if (++t < sample->T) return;
+    t = 0;
+    ++sample;
+  }
+};
 
 }  // namespace sorahpc

@@ -43,6 +43,19 @@ def test_what_is_tested_here_is_the_compiled_op() -> None:
     assert {live[op]["cpu"] for op in ("sincos3d", "add_sincos3d", "timestep_embedding")} == {"compiled"}
 
 
+@compiled_only
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_result_larger_than_the_caches_is_the_same(dtype: torch.dtype) -> None:
+    """Past 16 MiB the kernels write around the caches: other instructions, the same numbers."""
+    grids = grids_of([(4, 40, 52), (1, 1, 1), (3, 17, 31)])
+    x = torch.randn(int(grids.prod(1).sum()), 960, generator=torch.Generator().manual_seed(0)).to(dtype)
+    whole = ops.add_sincos3d(x, grids)
+    assert whole.nbytes > 16 << 20  # STREAM_BYTES of csrc/ops/common.h
+    for first in (0, 4000, 8300):
+        part = slice(first, first + 100)
+        assert torch.equal(ops.add_sincos3d(x[part], grids, first=first), whole[part])
+
+
 @pytest.mark.parametrize("dim", [6, 12, 72, 1152])
 @pytest.mark.parametrize("pack", PACKS.values(), ids=PACKS.keys())
 def test_sincos3d_is_float64s_rounded(pack: list[tuple[int, int, int]], dim: int) -> None:

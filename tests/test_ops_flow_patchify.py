@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import math
+import shutil
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -311,3 +315,19 @@ def test_the_compiled_body_itself_never_leaves_its_memory(at: int, value: object
     args[at] = value
     with pytest.raises(RuntimeError):
         torch.ops.sorahpc.flow_patchify(*args)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_the_pixel_walk_of_the_cuda_kernel_agrees_with_the_map(channels_last: bool, tmp_path: Path) -> None:
+    compiler = shutil.which("g++") or shutil.which("c++")
+    if compiler is None:
+        pytest.skip("no C++ compiler (Debian: apt install g++)")
+    program = tmp_path / "walk"
+    root = Path(__file__).resolve().parent.parent
+    source = root / "tests/csrc/flow_patchify_walk.cpp"
+    subprocess.run([compiler, "-std=c++17", "-O1", f"-I{root / 'csrc'}", source, "-o", program], check=True)
+    wide = [(1, 1, 2**31 - 1)]  # pixels beyond 32 bits
+    for patch in ((1, 2, 2), (1, 1, 1), (2, 3, 5), (3, 1, 7)):
+        for pack in (*PACKS.values(), wide):
+            numbers = [1 if pack is wide else 3, *patch, int(channels_last), *itertools.chain(*pack)]
+            subprocess.run([program, *map(str, numbers)], check=True)

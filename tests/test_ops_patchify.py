@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from levels import LEVELS, run_at_level
 from torch import Tensor
 
 from sorahpc import ops
@@ -182,6 +184,48 @@ def test_the_result_does_not_depend_on_the_number_of_threads() -> None:
         torch.set_num_threads(before)
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
     assert torch.equal(ops.unpatchify(results[0], grids, 4, (1, 2, 2)), latents)
+
+
+@compiled_only
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("patch", [(1, 2, 2), (2, 2, 2), (1, 1, 1), (1, 4, 4), (2, 3, 5)], ids=str)
+def test_a_result_larger_than_the_caches_is_the_same(
+    patch: tuple[int, int, int], channels_last: bool, dtype: torch.dtype
+) -> None:
+    """Past 16 MiB it is put together in a thread's own memory, and from there written around the caches."""
+    for channels in (16, 5):  # tokens of whole cache lines, and not
+        size = channels * math.prod(patch) * dtype.itemsize
+        frames = 1 + (9 << 20) // (21 * 52 * size)
+        pack = [(frames, 21, 52), (1, 1, 1), (1 + 2 * frames, 14, 39), (1, 3, 700)]  # the last: one row is a unit
+        latents, grids = make(pack, channels, patch, dtype)
+        assert latents.nbytes > 16 << 20  # STREAM_BYTES of csrc/ops/common.h
+        tokens = ops.patchify(latents, grids, channels, patch, channels_last)
+        with ops.use_reference():
+            assert torch.equal(tokens, ops.patchify(latents, grids, channels, patch, channels_last))
+        assert torch.equal(ops.unpatchify(tokens, grids, channels, patch, channels_last), latents)
+
+
+CHECK_A_LEVEL = """if True:
+    import itertools
+    import test_ops_patchify as t
+    for dtype, patch, last in itertools.product(t.DTYPES, t.PATCHES, (False, True)):
+        for channels, pack in ((3, t.PACKS["ragged"]), (16, [(2, 9, 37), (1, 3, 16)])):
+            latents, grids = t.make(pack, channels, patch, dtype)
+            tokens = t.ops.patchify(latents, grids, channels, patch, last)
+            assert t.torch.equal(tokens, t.by_loops(latents, pack, channels, patch, last)), (dtype, patch, last)
+            assert t.torch.equal(t.ops.unpatchify(tokens, grids, channels, patch, last), latents), (dtype, patch, last)
+    for dtype in (t.torch.bfloat16, t.torch.float32):
+        for patch in ((1, 2, 2), (2, 3, 5)):
+            t.test_a_result_larger_than_the_caches_is_the_same(patch, False, dtype)
+    print("checked")
+"""
+
+
+@compiled_only
+@pytest.mark.parametrize("level", LEVELS)
+def test_every_level_of_the_cpu_kernels_is_right(level: str) -> None:
+    assert "checked" in run_at_level(level, CHECK_A_LEVEL)
 
 
 @devices

@@ -246,17 +246,6 @@ void ada_norm_backward_typed(const AdaNorm& op, const Sample* samples, int64_t b
                                : ada_norm_backward_chunks<T, STREAM, false, false>(op, samples, begin, end);
 }
 
-// f(a number of the dtype)
-template <typename F>
-void with_number(Dtype dtype, F&& f) {
-  switch (dtype) {
-    case Dtype::f16: return f(half_t{});
-    case Dtype::bf16: return f(bf16_t{});
-    case Dtype::f32: return f(float{});
-    case Dtype::f64: return f(double{});
-  }
-}
-
 void ada_norm(const AdaNorm* op, const Sample* samples, int64_t begin, int64_t end, void* scratch) {
   with_number(op->dtype, [&](auto x) {
     using T = decltype(x);

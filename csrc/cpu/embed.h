@@ -8,58 +8,44 @@
 namespace {
 
 using sorahpc::Sincos3d;
+using sorahpc::Walk;
 
 template <typename T, bool ADD, bool STREAM>
-void sincos3d_tokens(const Sincos3d& op, const void* const* tables, const Sample* samples, int64_t num_samples,
-                     int64_t begin, int64_t end) {
+void sincos3d_tokens(const Sincos3d& op, const void* table, const Sample* samples, int64_t num_samples, int64_t begin,
+                     int64_t end) {
   using C = typename Compute<T>::type;
   const int64_t width = 2 * op.half;
-  int64_t s = find_sample(samples, num_samples, op.first + begin);
-  int64_t at[3];
-  const int64_t i = op.first + begin - samples[s].first_token;
-  at[2] = i % samples[s].W, at[1] = i / samples[s].W % samples[s].H, at[0] = i / samples[s].W / samples[s].H;
-  for (int64_t token = begin; token < end; ++token) {
+  Walk walk(samples, num_samples, op.first + begin);
+  for (int64_t token = begin; token < end; ++token, walk.next()) {
+    const int32_t at[] = {walk.t, walk.h, walk.w};
     for (int a = 0; a < 3; ++a) {
-      const C* row = (const C*)tables[a] + at[a] * width;
+      const C* row = (const C*)table + at[a] * width;
       const T* x = (const T*)op.x + token * op.x_stride + a * width;
       T* out = (T*)op.out + (3 * token + a) * width;
       in_vectors<LANES<C>>(width, [&](auto w, int64_t i) __attribute__((always_inline)) {
         constexpr int N = decltype(w)::value;
-        if constexpr (ADD)
+        if constexpr (ADD) {
+          prefetch(ahead(x + i));
           store<STREAM, N>(out + i, load<N>(x + i) + load<N>(row + i));
-        else
+        } else {
           store<STREAM, N>(out + i, load<N>(row + i));
+        }
       });
     }
-    if (++at[2] < samples[s].W) continue;
-    at[2] = 0;
-    if (++at[1] < samples[s].H) continue;
-    at[1] = 0;
-    if (++at[0] < samples[s].T) continue;
-    at[0] = 0;
-    ++s;
   }
   if (STREAM) stream_fence();
 }
 
-template <typename T>
-void sincos3d_typed(const Sincos3d& op, const void* const* tables, const Sample* samples, int64_t n, int64_t begin,
-                    int64_t end) {
-  if (op.x == nullptr)
-    return op.stream ? sincos3d_tokens<T, false, true>(op, tables, samples, n, begin, end)
-                     : sincos3d_tokens<T, false, false>(op, tables, samples, n, begin, end);
-  return op.stream ? sincos3d_tokens<T, true, true>(op, tables, samples, n, begin, end)
-                   : sincos3d_tokens<T, true, false>(op, tables, samples, n, begin, end);
-}
-
-void sincos3d(const Sincos3d* op, const void* const* tables, const Sample* samples, int64_t num_samples, int64_t begin,
+void sincos3d(const Sincos3d* op, const void* table, const Sample* samples, int64_t num_samples, int64_t begin,
               int64_t end) {
-  switch (op->dtype) {
-    case Dtype::f16: return sincos3d_typed<half_t>(*op, tables, samples, num_samples, begin, end);
-    case Dtype::bf16: return sincos3d_typed<bf16_t>(*op, tables, samples, num_samples, begin, end);
-    case Dtype::f32: return sincos3d_typed<float>(*op, tables, samples, num_samples, begin, end);
-    case Dtype::f64: return sincos3d_typed<double>(*op, tables, samples, num_samples, begin, end);
-  }
+  with_number(op->dtype, [&](auto x) {
+    using T = decltype(x);
+    if (op->x == nullptr)
+      return op->stream ? sincos3d_tokens<T, false, true>(*op, table, samples, num_samples, begin, end)
+                        : sincos3d_tokens<T, false, false>(*op, table, samples, num_samples, begin, end);
+    return op->stream ? sincos3d_tokens<T, true, true>(*op, table, samples, num_samples, begin, end)
+                      : sincos3d_tokens<T, true, false>(*op, table, samples, num_samples, begin, end);
+  });
 }
 
 // Timesteps [begin, end).

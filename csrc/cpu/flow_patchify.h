@@ -86,21 +86,6 @@ struct Machine {
   }
 };
 
-// a0 b0 a1 b1 ...: the first half, and the second.
-template <int N>
-SORAHPC_INLINE void interleave(Vec<float, N> a, Vec<float, N> b, Vec<float, N>& first, Vec<float, N>& second) {
-  if constexpr (N == 4) {
-    first = __builtin_shufflevector(a, b, 0, 4, 1, 5);
-    second = __builtin_shufflevector(a, b, 2, 6, 3, 7);
-  } else if constexpr (N == 8) {
-    first = __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
-    second = __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
-  } else {
-    first = __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-    second = __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
-  }
-}
-
 constexpr int NORMALS_AT_ONCE = 2 * LANES<float>;
 
 // The normals of blocks [block, ...) until there are n; what comes out is whole vectors, NORMALS_AT_ONCE - 1 more at
@@ -120,7 +105,7 @@ __attribute__((noinline)) void fill_normals(const sorahpc::Stream& stream, int64
     const auto b = bits_as<typename M::U>((c[1] & low) | (c[3] << 32));
     typename M::F with_cos, with_sin, first, second;
     sorahpc::normals<M>(a, b, with_cos, with_sin);
-    interleave<N>(with_cos, with_sin, first, second);
+    interleave<float, N>(with_cos, with_sin, first, second);
     store<false, N>(out + i, first);
     store<false, N>(out + i + N, second);
   }
@@ -207,16 +192,6 @@ void flow_piece(const sorahpc::FlowPatchify& op, const sorahpc::Stream& stream, 
   }
 }
 
-// n bytes past the caches, in 64 at a time while `to` allows.
-void copy_out(char* to, const char* from, int64_t n) {
-  int64_t i = 0;
-  if (uintptr_t(to) % 64 == 0)
-    for (; i + 64 <= n; i += 64)
-      for (int j = 0; j < 64; j += VECTOR_BYTES)
-        store<true, LANES<float>>((float*)(to + i + j), load<LANES<float>>((const float*)(from + i + j)));
-  std::memcpy(to + i, from + i, n - i);
-}
-
 template <typename T>
 void flow_rows(const sorahpc::FlowPatchify& op, const sorahpc::Draw& draw, const Sample& s, int64_t t, int64_t h0,
                int64_t h1, const T* latent, T* tokens, T* target, T* scratch) {
@@ -242,21 +217,14 @@ void flow_rows(const sorahpc::FlowPatchify& op, const sorahpc::Draw& draw, const
   if (scratch == nullptr) return;
   copy_out((char*)(tokens + first), (const char*)scratch, n * sizeof(T));
   copy_out((char*)(target + first), (const char*)(scratch + n), n * sizeof(T));
-  stream_fence();
 }
 
 void flow_patchify(const sorahpc::FlowPatchify* op, const sorahpc::Draw* draw, const Sample* sample, int64_t t,
                    int64_t h0, int64_t h1, const char* latent, char* tokens, char* target, char* scratch) {
-  const auto typed = [&](auto type) {
-    using T = decltype(type);
+  with_number(op->dtype, [&](auto x) {
+    using T = decltype(x);
     flow_rows<T>(*op, *draw, *sample, t, h0, h1, (const T*)latent, (T*)tokens, (T*)target, (T*)scratch);
-  };
-  switch (op->dtype) {
-    case Dtype::f16: return typed(half_t{});
-    case Dtype::bf16: return typed(bf16_t{});
-    case Dtype::f32: return typed(float{});
-    case Dtype::f64: return typed(double{});
-  }
+  });
 }
 
 }  // namespace

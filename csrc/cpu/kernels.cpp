@@ -12,5 +12,5 @@
 #define SORAHPC_TABLE(level) SORAHPC_TABLE_OF(level)
 
 extern "C" const sorahpc::CpuKernels SORAHPC_TABLE(SORAHPC_LEVEL) = {
-    &patchify_row, &rope3d,            &stream_copy,   &flow_patchify, &ada_norm,
-    &ada_norm_backward, &ada_norm_sums, &sincos3d, &timesteps};
+    &patchify, &rope3d,            &stream_copy,   &stream_fence, &flow_patchify,
+    &ada_norm, &ada_norm_backward, &ada_norm_sums, &sincos3d,     &timesteps};

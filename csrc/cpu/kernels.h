@@ -11,17 +11,18 @@
 namespace sorahpc {
 
 struct CpuKernels {
-  // Moves the tokens of row (t, h) = (row / H, row % H) of one sample, all channels. `latent` and `tokens` point at the
-  // sample's first element. item_bytes: 2, 4 or 8; the elements are bytes to us. to_tokens: patchify, else unpatchify.
-  void (*patchify_row)(const Patchify* op, int item_bytes, bool to_tokens, int64_t T, int64_t H, int64_t W, int64_t row,
-                       char* latent, char* tokens);
+  // Moves token rows [h0, h1) of frame t of one sample, all channels; the pointers are at the sample's first element.
+  // item_bytes: 2, 4 or 8; the elements are bytes to us. to_tokens: patchify, else unpatchify. scratch holds these
+  // tokens, and after the last call comes stream_fence; null: written where they belong at once, through the caches.
+  void (*patchify)(const Patchify* op, int item_bytes, bool to_tokens, const Sample* sample, int64_t t, int64_t h0,
+                   int64_t h1, char* latent, char* tokens, char* scratch);
   // Tokens [begin, end) of op's, both of q and k. tables[axis]: see ops/rope3d.cpp.
   void (*rope3d)(const Rope3d* op, const void* const* tables, const Sample* samples, int64_t num_samples, int64_t begin,
                  int64_t end);
-  // dst at a multiple of 64.
   void (*stream_copy)(const char* src, char* dst, int64_t bytes);
-  // Token rows [h0, h1) of frame t of one sample, all channels; the pointers are at the sample's first element. scratch
-  // holds these tokens twice; null: written where they belong at once, through the caches.
+  // What this thread wrote past the caches is there before another may look. It waits for memory: once, at the end.
+  void (*stream_fence)();
+  // The same rows as patchify's; scratch holds their tokens twice.
   void (*flow_patchify)(const FlowPatchify* op, const Draw* draw, const Sample* sample, int64_t t, int64_t h0,
                         int64_t h1, const char* latent, char* tokens, char* target, char* scratch);
   // Tokens [begin, end). scratch: 2 M numbers of what is computed in, this thread's own.
@@ -30,9 +31,9 @@ struct CpuKernels {
   void (*ada_norm_backward)(const AdaNorm* op, const Sample* samples, int64_t begin, int64_t end);
   // Sums [begin, end) of the num_samples * kinds, once all chunks are done.
   void (*ada_norm_sums)(const AdaNorm* op, const Sample* samples, int64_t begin, int64_t end);
-  // Tokens [begin, end) of op's; tables[axis]: see ops/embed.cpp.
-  void (*sincos3d)(const Sincos3d* op, const void* const* tables, const Sample* samples, int64_t num_samples,
-                   int64_t begin, int64_t end);
+  // Tokens [begin, end) of op's; table: see ops/embed.cpp.
+  void (*sincos3d)(const Sincos3d* op, const void* table, const Sample* samples, int64_t num_samples, int64_t begin,
+                   int64_t end);
   void (*timesteps)(const Timesteps* op, bool as_double, int64_t begin, int64_t end);
 };
 

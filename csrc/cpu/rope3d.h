@@ -9,6 +9,7 @@ namespace {
 using sorahpc::Heads;
 using sorahpc::Rope3d;
 using sorahpc::Sample;
+using sorahpc::Walk;
 
 // The angles of one token, laid out as the loops read them: D of each for interleaved pairs (cos twice; -sin, +sin),
 // else D/2 of each.
@@ -143,14 +144,11 @@ void rope3d_tokens(const Rope3d& op, const void* const* tables, const Sample* sa
   using C = typename Compute<T>::type;
   const int row = op.interleaved ? 4 : 2;  // numbers a pair in a table
   const int64_t D = op.head_dim;
-  int64_t s = find_sample(samples, num_samples, op.first + begin);
-  int64_t at[3], now[3] = {-1, -1, -1};
-  {
-    const int64_t i = op.first + begin - samples[s].first_token;
-    at[2] = i % samples[s].W, at[1] = i / samples[s].W % samples[s].H, at[0] = i / samples[s].W / samples[s].H;
-  }
+  Walk walk(samples, num_samples, op.first + begin);
+  int32_t now[3] = {-1, -1, -1};
   Turn<C> by;
-  for (int64_t token = begin; token < end; ++token) {
+  for (int64_t token = begin; token < end; ++token, walk.next()) {
+    const int32_t at[] = {walk.t, walk.h, walk.w};
     for (int a = 0; a < 3; ++a) {
       if (at[a] == now[a]) continue;
       const int pairs = op.axis_end[a] - (a ? op.axis_end[a - 1] : 0);
@@ -173,35 +171,20 @@ void rope3d_tokens(const Rope3d& op, const void* const* tables, const Sample* sa
                                                 by);
       }
     }
-    if (++at[2] < samples[s].W) continue;
-    at[2] = 0;
-    if (++at[1] < samples[s].H) continue;
-    at[1] = 0;
-    if (++at[0] < samples[s].T) continue;
-    at[0] = 0;
-    ++s;
   }
   if (STREAM) stream_fence();
 }
 
-template <typename T>
-void rope3d_typed(const Rope3d& op, const void* const* tables, const Sample* samples, int64_t n, int64_t begin,
-                  int64_t end) {
-  if (op.interleaved)
-    return op.stream ? rope3d_tokens<T, true, true>(op, tables, samples, n, begin, end)
-                     : rope3d_tokens<T, true, false>(op, tables, samples, n, begin, end);
-  return op.stream ? rope3d_tokens<T, false, true>(op, tables, samples, n, begin, end)
-                   : rope3d_tokens<T, false, false>(op, tables, samples, n, begin, end);
-}
-
 void rope3d(const Rope3d* op, const void* const* tables, const Sample* samples, int64_t num_samples, int64_t begin,
             int64_t end) {
-  switch (op->dtype) {
-    case Dtype::f16: return rope3d_typed<half_t>(*op, tables, samples, num_samples, begin, end);
-    case Dtype::bf16: return rope3d_typed<bf16_t>(*op, tables, samples, num_samples, begin, end);
-    case Dtype::f32: return rope3d_typed<float>(*op, tables, samples, num_samples, begin, end);
-    case Dtype::f64: return rope3d_typed<double>(*op, tables, samples, num_samples, begin, end);
-  }
+  with_number(op->dtype, [&](auto x) {
+    using T = decltype(x);
+    if (op->interleaved)
+      return op->stream ? rope3d_tokens<T, true, true>(*op, tables, samples, num_samples, begin, end)
+                        : rope3d_tokens<T, true, false>(*op, tables, samples, num_samples, begin, end);
+    return op->stream ? rope3d_tokens<T, false, true>(*op, tables, samples, num_samples, begin, end)
+                      : rope3d_tokens<T, false, false>(*op, tables, samples, num_samples, begin, end);
+  });
 }
 
 }  // namespace

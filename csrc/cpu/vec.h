@@ -46,6 +46,17 @@ struct Compute<double> {
   using type = double;
 };
 
+// f(a number of the dtype)
+template <typename F>
+void with_number(Dtype dtype, F&& f) {
+  switch (dtype) {
+    case Dtype::f16: return f(half_t{});
+    case Dtype::bf16: return f(bf16_t{});
+    case Dtype::f32: return f(float{});
+    case Dtype::f64: return f(double{});
+  }
+}
+
 template <typename C, int N>
 struct VecOf {
   typedef C type __attribute__((vector_size(N * sizeof(C))));
@@ -207,6 +218,24 @@ SORAHPC_INLINE Vec<C, N> swap_pairs(Vec<C, N> v) {
     return __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
 }
 
+// a0 b0 a1 b1 ...: the first half, and the second. They may be a and b.
+template <typename C, int N>
+SORAHPC_INLINE void interleave(Vec<C, N> a, Vec<C, N> b, Vec<C, N>& first, Vec<C, N>& second) {
+  if constexpr (N == 2) {
+    first = __builtin_shufflevector(a, b, 0, 2);
+    second = __builtin_shufflevector(a, b, 1, 3);
+  } else if constexpr (N == 4) {
+    first = __builtin_shufflevector(a, b, 0, 4, 1, 5);
+    second = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+  } else if constexpr (N == 8) {
+    first = __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+    second = __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+  } else {
+    first = __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    second = __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+  }
+}
+
 // Calls f(integral<N>, i) over [0, n) in vectors of N, and what is left in halves of that, down to LAST.
 template <int N>
 struct width {
@@ -220,14 +249,22 @@ SORAHPC_INLINE void in_vectors(int64_t n, F&& f, int64_t i = 0) {
     if (i < n) in_vectors<N / 2, LAST>(n, f, i);
 }
 
+// f(width<0>), ... f(width<N - 1>): a loop whose index is a constant, so that an array of vectors stays in registers.
+template <int N, typename F>
+SORAHPC_INLINE void unrolled(F&& f) {
+  if constexpr (N > 1) unrolled<N - 1>(f);
+  f(width<N - 1>{});
+}
+
 // Asks for what will be read some iterations on, into the second cache: a loop of many loads and stores can't itself
 // look far enough ahead to keep memory busy.
 SORAHPC_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
-SORAHPC_INLINE const void* ahead(const void* p) { return (const char*)p + 2048; }
+// With 2 kB add_sincos3d takes half as long again in bfloat16; with 16 nothing is faster.
+SORAHPC_INLINE const void* ahead(const void* p) { return (const char*)p + 8192; }
 
 // Weakly ordered stores are done before another thread may look.
-SORAHPC_INLINE void stream_fence() {
+inline void stream_fence() {
 #if defined(__x86_64__)
   _mm_sfence();
 #endif

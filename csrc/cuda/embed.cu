@@ -12,6 +12,7 @@ using sorahpc::put;
 using sorahpc::Sample;
 using sorahpc::Sincos3d;
 using sorahpc::to_float;
+using sorahpc::Walk;
 
 constexpr int THREADS = 128, CHUNK = 32;  // columns a block, tokens a thread
 
@@ -31,26 +32,17 @@ __global__ void __launch_bounds__(THREADS)
   const Sample* samples = pack.samples();
   for (int64_t begin = int64_t(blockIdx.x) * CHUNK; begin < op.num_tokens; begin += int64_t(gridDim.x) * CHUNK) {
     const int64_t end = begin + CHUNK < op.num_tokens ? begin + CHUNK : op.num_tokens;
-    int64_t s = sorahpc::find_sample(samples, pack.num_samples, op.first + begin);
-    Sample grid = samples[s];
-    const int64_t in_sample = op.first + begin - grid.first_token, row = in_sample / grid.W;
-    int w = int(in_sample - row * grid.W), h = int(row % grid.H), t = int(row / grid.H), now = -1;
+    Walk walk(samples, pack.num_samples, op.first + begin);
+    int now = -1;
     float sine = 0, cosine = 0;
-    for (int64_t token = begin; token < end; ++token) {
-      const int at = axis == 0 ? t : axis == 1 ? h : w;
+    for (int64_t token = begin; token < end; ++token, walk.next()) {
+      const int at = axis == 0 ? walk.t : axis == 1 ? walk.h : walk.w;
       if (at != now) sin_cos(double(at) * frequency, &sine, &cosine);
       now = at;
       const T* x = reinterpret_cast<const T*>(op.x) + token * op.x_stride + 2 * axis * op.half + i;
       T* out = reinterpret_cast<T*>(op.out) + token * 6 * op.half + 2 * axis * op.half + i;
       put(out, to_float(x[0]) + sine);
       put(out + op.half, to_float(x[op.half]) + cosine);
-      if (++w < grid.W) continue;
-      w = 0;
-      if (++h < grid.H) continue;
-      h = 0;
-      if (++t < grid.T) continue;
-      t = 0;
-      if (token + 1 < end) grid = samples[++s];
     }
   }
 }

@@ -51,35 +51,20 @@ struct NoisedPack {
 };
 static_assert(sizeof(NoisedPack) + sizeof(FlowPatchify) + 3 * sizeof(void*) <= 4096, "kernel arguments");
 
-// Sample i has slots from here on, a slot a block of four elements: at least as many as it has blocks.
-__device__ int64_t first_slot(const Sample* samples, int64_t i, int64_t P) { return samples[i].first_token * P / 4 + i; }
-
-// Of pixel counts beyond 32 bits, which only a latent of one row can have, too.
-__device__ int64_t quotient(int64_t x, uint32_t y) {
-  return x <= 0xffffffffll ? int64_t(uint32_t(x) / y) : x / y;
-}
-
 template <typename T>
 __global__ void __launch_bounds__(THREADS)
     flow_patchify(const __grid_constant__ FlowPatchify op, const __grid_constant__ NoisedPack pack,
                   const T* __restrict__ latents, T* __restrict__ tokens, T* __restrict__ target) {
   const Sample* samples = pack.samples();
   const auto& p = op.patch;
-  const int64_t P = p.token_size(), num_slots = first_slot(samples, pack.num_samples, P);
+  const int64_t P = p.token_size(), num_slots = sorahpc::first_slot(samples, pack.num_samples, P);
   const int64_t step = int64_t(gridDim.x) * blockDim.x;
   for (int64_t slot = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; slot < num_slots; slot += step) {
-    int64_t low = 0, high = pack.num_samples;
-    while (high - low > 1) {
-      const int64_t mid = (low + high) / 2;
-      if (first_slot(samples, mid, P) <= slot)
-        low = mid;
-      else
-        high = mid;
-    }
-    const Sample s = samples[low];
-    const Draw draw = pack.draws()[low];
-    const int64_t block = slot - first_slot(samples, low, P), base = s.first_token * P;
-    const int64_t n = (samples[low + 1].first_token - s.first_token) * P;
+    const int64_t i = sorahpc::sample_of_slot(samples, pack.num_samples, P, slot);
+    const Sample s = samples[i];
+    const Draw draw = pack.draws()[i];
+    const int64_t block = slot - sorahpc::first_slot(samples, i, P), base = s.first_token * P;
+    const int64_t n = (samples[i + 1].first_token - s.first_token) * P;
     if (4 * block >= n) continue;
 
     uint64_t c[4];
@@ -87,32 +72,17 @@ __global__ void __launch_bounds__(THREADS)
     float eps[4];
     sorahpc::normals<Machine>(uint32_t(c[0]), uint32_t(c[1]), eps[0], eps[1]);
     sorahpc::normals<Machine>(uint32_t(c[2]), uint32_t(c[3]), eps[2], eps[3]);
-    // Where in the latent the first lies, in 64 bits; from there on each step is one pixel, in 32.
-    const uint32_t pt = uint32_t(p.pt), ph = uint32_t(p.ph), pw = uint32_t(p.pw);
-    const int64_t frames = int64_t(s.T) * pt, height = int64_t(s.H) * ph, width = int64_t(s.W) * pw;
-    int64_t rest = 4 * block;
-    int64_t w = rest % width;
-    rest /= width;
-    int64_t h = rest % height;
-    rest /= height;
-    int64_t t = rest % frames, channel = rest / frames;
+    sorahpc::PixelWalk pixel(p, s, 4 * block);
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const int64_t e = 4 * block + j;
       if (e >= n) break;
       float noised, learned;
       sorahpc::flow<Machine, float>(op.target, draw.t, to_float(latents[base + e]), eps[j], noised, learned);
-      const int64_t token = (quotient(t, pt) * s.H + quotient(h, ph)) * s.W + quotient(w, pw);
-      const int64_t to = base + token * P +
-                         p.in_token(channel, t - quotient(t, pt) * pt, h - quotient(h, ph) * ph, w - quotient(w, pw) * pw);
+      const int64_t to = base + pixel.in_tokens(p);
       put(tokens + to, noised);
       put(target + to, learned);
-      if (++w < width) continue;
-      w = 0;
-      if (++h < height) continue;
-      h = 0;
-      if (++t < frames) continue;
-      t = 0, ++channel;
+      pixel.next();
     }
   }
 }

@@ -93,10 +93,8 @@ __global__ void __launch_bounds__(THREADS, MODE == TURN ? 4 : MODE == NORM ? 3 :
     const int tokens = int(min(int64_t(TOKENS), end - first));
     __syncthreads();  // half_turns are written; the tile before is done with its angles
     if (threadIdx.x < tokens) {
-      const int64_t token = op.first + first + threadIdx.x;
-      const Sample s = samples[sorahpc::find_sample(samples, pack.num_samples, token)];
-      const int64_t i = token - s.first_token;
-      const int64_t at[3] = {i / s.W / s.H, i / s.W % s.H, i % s.W};
+      const sorahpc::Walk here(samples, pack.num_samples, op.first + first + threadIdx.x);
+      const int at[] = {here.t, here.h, here.w};
       for (int a = 0; a < 3; ++a) position[threadIdx.x][a] = double(at[a]) * op.scale[a] + op.offset[a];
     }
     __syncthreads();

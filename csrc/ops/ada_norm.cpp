@@ -10,11 +10,6 @@ extern "C" int sorahpc_ada_norm_cuda(const AdaNorm* op, bool backward, const Sam
                                      void* stream);
 #endif
 
-// A thread's own, in whole cache lines.
-struct alignas(64) Line {
-  char bytes[64];
-};
-
 // Points `rows` at `x`: [count, M], M contiguous, rows anywhere. What it points at is kept in `keep`.
 void point(const char* name, Rows& rows, const Tensor& x, int64_t count, const Tensor& like,
            std::vector<Tensor>& keep) {

@@ -111,6 +111,16 @@ Samples Samples::of_grids(const Tensor& grids, int64_t num_tokens, bool more) {
   return samples;
 }
 
+std::array<int64_t, 3> Samples::largest() const {
+  std::array<int64_t, 3> most{};
+  for (const Sample& s : table_) {
+    most[0] = std::max<int64_t>(most[0], s.T);
+    most[1] = std::max<int64_t>(most[1], s.H);
+    most[2] = std::max<int64_t>(most[2], s.W);
+  }
+  return most;
+}
+
 Samples Samples::of_lens(const Tensor& lens, int64_t num_tokens) {
   STD_TORCH_CHECK(lens.is_cpu() && lens.scalar_type() == ScalarType::Long && lens.dim() == 1,
                   "lens: expected int64 on CPU [samples]");

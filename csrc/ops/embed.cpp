@@ -1,8 +1,6 @@
 // sincos3d, add_sincos3d and timestep_embedding.
 #include "common.h"
 
-#include <cmath>
-
 namespace sorahpc {
 namespace {
 
@@ -13,43 +11,18 @@ extern "C" int sorahpc_timesteps_cuda(const float* t, float* out, int64_t num_t,
                                       double max_period, void* stream);
 #endif
 
-// A row for each index of an axis: sines, then cosines. Angles in double.
-template <typename C>
-std::vector<C> fill_axis(const Sincos3d& op, int64_t rows) {
-  const int64_t half = op.half;
-  std::vector<C> table(rows * 2 * half);
-  std::vector<double> c(half), s(half), dc(half), ds(half), frequency(half);
-  for (int64_t i = 0; i < half; ++i) {
-    frequency[i] = std::pow(op.theta, -double(i) / double(half));
-    dc[i] = std::cos(frequency[i]), ds[i] = std::sin(frequency[i]);
-  }
-  for (int64_t row = 0; row < rows; ++row)
-    for (int64_t i = 0; i < half; ++i) {
-      if (row % 64 == 0) {  // the rest by rotation, ten times as fast: 64 of them cost 64 roundings of a double
-        c[i] = std::cos(double(row) * frequency[i]), s[i] = std::sin(double(row) * frequency[i]);
-      } else {
-        const double next = c[i] * dc[i] - s[i] * ds[i];
-        s[i] = s[i] * dc[i] + c[i] * ds[i], c[i] = next;
-      }
-      table[row * 2 * half + i] = C(s[i]), table[row * 2 * half + half + i] = C(c[i]);
-    }
-  return table;
-}
-
 template <typename C>
 void on_cpu(const Sincos3d& op, const Samples& samples) {
-  int64_t rows[3] = {0, 0, 0};
-  for (int64_t i = 0; i < samples.size(); ++i) {
-    const Sample& s = samples.host()[i];
-    rows[0] = std::max<int64_t>(rows[0], s.T);
-    rows[1] = std::max<int64_t>(rows[1], s.H);
-    rows[2] = std::max<int64_t>(rows[2], s.W);
-  }
-  const std::vector<C> table = fill_axis<C>(op, *std::max_element(rows, rows + 3));  // the axes' are the same
-  const void* tables[3] = {table.data(), table.data(), table.data()};
+  // A row for each index, sines, then cosines; the axes' are the same.
+  const auto rows = samples.largest();
+  const int64_t most = *std::max_element(rows.begin(), rows.end()), half = op.half;
+  std::vector<C> table(most * 2 * half);
+  for_angles(most, half, op.theta, 1, 0, [&](int64_t row, int64_t i, double c, double s) {
+    table[row * 2 * half + i] = C(s), table[row * 2 * half + half + i] = C(c);
+  });
   const int64_t grain = std::max<int64_t>(1, 65536 / (6 * op.half));  // 64 k elements a thread at least
   torch::stable::parallel_for(0, op.num_tokens, grain, [&](int64_t begin, int64_t end) {
-    cpu().sincos3d(&op, tables, samples.host(), samples.size(), begin, end);
+    cpu().sincos3d(&op, table.data(), samples.host(), samples.size(), begin, end);
   });
 }
 

@@ -1,11 +1,8 @@
 // flow_patchify.
-#include "common.h"
+#include "units.h"
 
 namespace sorahpc {
 namespace {
-
-// Tokens that are put together before they are written past the caches, twice this a thread, must fit the second cache.
-constexpr int64_t MAX_UNIT_BYTES = 256 << 10;
 
 std::vector<Draw> draws_of(const Tensor& t, const Tensor& ids, int64_t num_samples) {
   STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == ScalarType::Float && t.dim() == 1 && t.size(0) == num_samples,
@@ -57,32 +54,9 @@ std::tuple<Tensor, Tensor> flow_patchify(const Tensor& latents, const Tensor& t,
   char* const learned = out_data(std::get<1>(out));
 
   if (source.is_cpu()) {
-    // A unit: as many token rows of a frame as give the kernel a few hundred contiguous pixels.
-    const auto rows_a_unit = [&](const Sample& s) {
-      return std::min<int64_t>(s.H, std::max<int64_t>(1, 512 / (ph * s.W * pw)));
-    };
-    int64_t unit_bytes = 0;
-    std::vector<int64_t> first_unit{0};
-    for (const Sample* s = table; s != table + samples.size(); ++s) {
-      const int64_t rows = rows_a_unit(*s);
-      unit_bytes = std::max(unit_bytes, rows * s->W * P * bytes);
-      first_unit.push_back(first_unit.back() + s->T * ((s->H + rows - 1) / rows));
-    }
-    const int64_t num_units = first_unit.back();
-    const int64_t grain = std::max<int64_t>(1, 16384 * num_units / (L * P));  // 16 k elements a thread at least
-    const bool stream = 2 * L * P * bytes > STREAM_BYTES && unit_bytes <= MAX_UNIT_BYTES;
-    torch::stable::parallel_for(0, num_units, grain, [&](int64_t begin, int64_t end) {
-      std::vector<char> scratch(stream ? 2 * unit_bytes : 0);
-      int64_t i = std::upper_bound(first_unit.begin(), first_unit.end(), begin) - first_unit.begin() - 1;
-      for (int64_t unit = begin; unit < end; ++unit) {
-        if (unit == first_unit[i + 1]) ++i;
-        const Sample& s = table[i];
-        const int64_t rows = rows_a_unit(s), a_frame = (s.H + rows - 1) / rows;
-        const int64_t frame = (unit - first_unit[i]) / a_frame, h = (unit - first_unit[i]) % a_frame * rows;
-        const int64_t base = s.first_token * P * bytes;
-        cpu().flow_patchify(&op, &draws[i], &s, frame, h, std::min<int64_t>(h + rows, s.H), in + base, tokens + base,
-                            learned + base, stream ? scratch.data() : nullptr);
-      }
+    for_units(samples, op.patch, bytes, 2, 16384, [&](int64_t i, int64_t t, int64_t h0, int64_t h1, char* scratch) {
+      const int64_t base = table[i].first_token * P * bytes;
+      cpu().flow_patchify(&op, &draws[i], table + i, t, h0, h1, in + base, tokens + base, learned + base, scratch);
     });
     return out;
   }

@@ -1,5 +1,5 @@
 // patchify and unpatchify.
-#include "common.h"
+#include "units.h"
 
 namespace sorahpc {
 namespace {
@@ -31,20 +31,9 @@ Tensor patchify_any(const Tensor& input, const Tensor& grids, const Patchify& op
   char* const tokens = to_tokens ? out : in;
 
   if (source.is_cpu()) {
-    // A row: the W tokens of one (t, h).
-    std::vector<int64_t> first_row{0};
-    for (const Sample* s = samples.host(); s != samples.host() + samples.size(); ++s)
-      first_row.push_back(first_row.back() + int64_t(s->T) * s->H);
-    const int64_t num_rows = first_row.back();
-    const int64_t grain = std::max<int64_t>(1, 65536 * num_rows / (L * P));  // 64 k elements a thread at least
-    torch::stable::parallel_for(0, num_rows, grain, [&](int64_t begin, int64_t end) {
-      int64_t i = std::upper_bound(first_row.begin(), first_row.end(), begin) - first_row.begin() - 1;
-      for (int64_t row = begin; row < end; ++row) {
-        if (row == first_row[i + 1]) ++i;
-        const Sample& s = samples.host()[i];
-        const int64_t base = s.first_token * P * bytes;
-        cpu().patchify_row(&op, bytes, to_tokens, s.T, s.H, s.W, row - first_row[i], latents + base, tokens + base);
-      }
+    for_units(samples, op, bytes, 1, 65536, [&](int64_t i, int64_t t, int64_t h0, int64_t h1, char* scratch) {
+      const int64_t base = samples.host()[i].first_token * P * bytes;
+      cpu().patchify(&op, bytes, to_tokens, samples.host() + i, t, h0, h1, latents + base, tokens + base, scratch);
     });
     return result;
   }

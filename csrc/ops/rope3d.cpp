@@ -1,8 +1,6 @@
 // rope3d, and with the per-head RMS norm of q and k in front, forward and backward.
 #include "common.h"
 
-#include <cmath>
-
 namespace sorahpc {
 namespace {
 
@@ -11,55 +9,30 @@ extern "C" int sorahpc_rope3d_cuda(const Rope3d* op, const Sample* samples, int6
                                    const Sample* on_device, int64_t num_chunks, void* stream);
 #endif
 
-// cos and sin of one axis, for positions 0 to rows - 1 of its grid: a row holds what a head's loop reads, each cos twice
-// and then -sin, +sin for interleaved pairs, else cos and then sin once. Angles in double, whatever is computed in.
-template <typename C>
-void fill_axis(const Rope3d& op, int axis, int64_t rows, C* table) {
-  const int begin = axis ? op.axis_end[axis - 1] : 0, pairs = op.axis_end[axis] - begin;
-  const double sign = op.inverse ? -1.0 : 1.0;
-  const int copies = op.interleaved ? 2 : 1;
-  std::vector<double> c(pairs), s(pairs), dc(pairs), ds(pairs), frequency(pairs);
-  for (int i = 0; i < pairs; ++i) {
-    frequency[i] = std::pow(op.theta[axis], -double(i) / pairs);
-    dc[i] = std::cos(op.scale[axis] * frequency[i]);
-    ds[i] = std::sin(op.scale[axis] * frequency[i]);
-  }
-  for (int64_t row = 0; row < rows; ++row, table += 2 * copies * pairs) {
-    for (int i = 0; i < pairs; ++i) {
-      if (row % 64 == 0) {  // the rest by rotation, ten times as fast: 64 of them cost 64 roundings of a double
-        const double angle = (double(row) * op.scale[axis] + op.offset[axis]) * frequency[i];
-        c[i] = std::cos(angle), s[i] = std::sin(angle);
-      } else {
-        const double next = c[i] * dc[i] - s[i] * ds[i];
-        s[i] = s[i] * dc[i] + c[i] * ds[i], c[i] = next;
-      }
-      if (op.interleaved) {
-        table[2 * i] = table[2 * i + 1] = C(c[i]);
-        table[2 * (pairs + i)] = C(-sign * s[i]), table[2 * (pairs + i) + 1] = C(sign * s[i]);
-      } else {
-        table[i] = C(c[i]), table[pairs + i] = C(sign * s[i]);
-      }
-    }
-  }
-}
-
+// Tables of cos and sin, one an axis, a row for each of its positions: a row holds what a head's loop reads, each cos
+// twice and then -sin, +sin for interleaved pairs, else cos and then sin once.
 template <typename C>
 std::vector<C> fill_tables(const Rope3d& op, const Samples& samples, const void** tables) {
-  int64_t rows[3] = {0, 0, 0}, start[3], total = 0;
-  for (int64_t i = 0; i < samples.size(); ++i) {
-    const Sample& s = samples.host()[i];
-    rows[0] = std::max<int64_t>(rows[0], s.T);
-    rows[1] = std::max<int64_t>(rows[1], s.H);
-    rows[2] = std::max<int64_t>(rows[2], s.W);
-  }
+  const auto rows = samples.largest();
+  const int copies = op.interleaved ? 2 : 1;
+  const double sign = op.inverse ? -1.0 : 1.0;
+  int64_t pairs[3], total = 0;
   for (int a = 0; a < 3; ++a) {
-    start[a] = total;
-    total += rows[a] * (op.axis_end[a] - (a ? op.axis_end[a - 1] : 0)) * (op.interleaved ? 4 : 2);
+    pairs[a] = op.axis_end[a] - (a ? op.axis_end[a - 1] : 0);
+    total += rows[a] * pairs[a] * 2 * copies;
   }
   std::vector<C> all(total);
-  for (int a = 0; a < 3; ++a) {
-    fill_axis(op, a, rows[a], all.data() + start[a]);
-    tables[a] = all.data() + start[a];
+  C* table = all.data();
+  for (int a = 0; a < 3; table += rows[a] * pairs[a] * 2 * copies, ++a) {
+    tables[a] = table;
+    const auto put = [&](int64_t row, int64_t i, double c, double s) {
+      C* const cos = table + row * pairs[a] * 2 * copies + i * copies;
+      C* const sin = cos + pairs[a] * copies;
+      cos[0] = cos[copies - 1] = C(c);
+      sin[copies - 1] = C(sign * s);
+      if (op.interleaved) sin[0] = C(-sign * s);
+    };
+    for_angles(rows[a], pairs[a], op.theta[a], op.scale[a], op.offset[a], put);
   }
   return all;
 }

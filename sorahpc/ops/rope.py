@@ -174,53 +174,29 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
-def _tables_for(
-    q: Tensor,
-    grids: Tensor,
-    axes_dim: list[int],
-    theta: list[float],
-    offset: list[float],
-    scale: list[float],
-    first: int,
-) -> tuple[Tensor, Tensor]:
+def _tables_for(q: Tensor, grids: Tensor, *where: Any) -> tuple[Tensor, Tensor]:
+    """where: axes_dim, theta, offset, scale, first."""
+    *lists, first = where
     dtype = torch.float64 if q.dtype is torch.float64 else torch.float32
-    rows = tuple(map(tuple, grids.tolist()))
-    return _tables(rows, tuple(axes_dim), tuple(theta), tuple(offset), tuple(scale), first, len(q), dtype, q.device)
+    return _tables(tuple(map(tuple, grids.tolist())), *map(tuple, lists), first, len(q), dtype, q.device)
 
 
-def _rope3d_reference(
-    q: Tensor,
-    k: Tensor,
-    grids: Tensor,
-    axes_dim: list[int],
-    theta: list[float],
-    offset: list[float],
-    scale: list[float],
-    first: int,
-    interleaved: bool,
-    inverse: bool,
-) -> tuple[Tensor, Tensor]:
-    cos, sin = _tables_for(q, grids, axes_dim, theta, offset, scale, first)
+# `how`: what the ops take from `grids` on, as `_HOW` says, and last what is each one's own.
+
+
+def _rope3d_reference(q: Tensor, k: Tensor, *how: Any) -> tuple[Tensor, Tensor]:
+    *where, interleaved, inverse = how
+    cos, sin = _tables_for(q, *where)
     sin = -sin if inverse else sin
     turned = (_turn(x.to(cos.dtype), cos, sin, interleaved).to(x.dtype) for x in (q, k))
     return tuple(x.contiguous() for x in turned)  # type: ignore[return-value]
 
 
 def _qk_norm_rope3d_reference(
-    q: Tensor,
-    k: Tensor,
-    q_weight: Tensor,
-    k_weight: Tensor,
-    grids: Tensor,
-    axes_dim: list[int],
-    theta: list[float],
-    offset: list[float],
-    scale: list[float],
-    first: int,
-    interleaved: bool,
-    eps: float,
+    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, *how: Any
 ) -> tuple[Tensor, Tensor]:
-    cos, sin = _tables_for(q, grids, axes_dim, theta, offset, scale, first)
+    *where, interleaved, eps = how
+    cos, sin = _tables_for(q, *where)
     out = []
     for x, weight in ((q, q_weight), (k, k_weight)):
         y = x.to(cos.dtype)
@@ -230,22 +206,10 @@ def _qk_norm_rope3d_reference(
 
 
 def _qk_norm_rope3d_backward_reference(
-    dq: Tensor,
-    dk: Tensor,
-    q: Tensor,
-    k: Tensor,
-    q_weight: Tensor,
-    k_weight: Tensor,
-    grids: Tensor,
-    axes_dim: list[int],
-    theta: list[float],
-    offset: list[float],
-    scale: list[float],
-    first: int,
-    interleaved: bool,
-    eps: float,
+    dq: Tensor, dk: Tensor, q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, *how: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    cos, sin = _tables_for(q, grids, axes_dim, theta, offset, scale, first)
+    *where, interleaved, eps = how
+    cos, sin = _tables_for(q, *where)
     dx, dweight = [], []
     for x, dy, weight in ((q, dq, q_weight), (k, dk, k_weight)):
         g, y = _turn(dy.to(cos.dtype), cos, -sin, interleaved), x.to(cos.dtype)

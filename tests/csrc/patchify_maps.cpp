@@ -22,9 +22,9 @@ int main(int argc, char** argv) {
   for (size_t i = 0; i < latents.size(); ++i) latents[i] = int32_t(i);
   for (const auto& s : samples) {
     const int64_t base = s.first_token * P;
-    for (int64_t row = 0; row < int64_t(s.T) * s.H; ++row)
-      patchify_row(&op, 4, true, s.T, s.H, s.W, row, reinterpret_cast<char*>(&latents[base]),
-                   reinterpret_cast<char*>(&tokens[base]));
+    for (int64_t t = 0; t < s.T; ++t)
+      patchify(&op, 4, true, &s, t, 0, s.H, reinterpret_cast<char*>(&latents[base]),
+               reinterpret_cast<char*>(&tokens[base]), nullptr);
   }
   for (int64_t i = 0; i < int64_t(tokens.size()); ++i) {
     const int64_t number = sorahpc::find_sample(samples.data(), num_samples, i / P);
