@@ -32,7 +32,6 @@ def main() -> None:
     rows: list[Row] = []
     for threads in args.threads if device.type == "cpu" else [1]:
         torch.set_num_threads(threads)
-        torch._dynamo.reset()
         for row in measure(kernel_cases(device, args.small, args.only), device, args.repeats):
             rows.append(row)
             print(row, flush=True)

@@ -66,7 +66,6 @@ def _measure(wanted: KernelsConfig, device: torch.device, task: Task) -> timing.
     try:
         for threads in turns:
             torch.set_num_threads(threads)
-            torch._dynamo.reset()  # what was compiled knows the number of threads
             ceilings += timing.ceilings(device, wanted.repeats)
             for case in kernel_cases(device, wanted.small, wanted.only):
                 task.report(done, total, "case")

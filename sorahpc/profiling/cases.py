@@ -232,8 +232,12 @@ def _clips(num_tokens: int, channels: int, dtype: torch.dtype, device: torch.dev
     return grids, torch.randn(numel, generator=torch.Generator(device).manual_seed(0), device=device).to(dtype)
 
 
-def _split_clips(latents: Tensor, grids: Tensor, channels: int) -> list[Tensor]:
-    shapes = [(channels, *(int(n) * p for n, p in zip(grid, PATCH, strict=True))) for grid in grids]
+def _shapes(grids: Tensor, channels: int) -> list[tuple[int, ...]]:
+    """Of the latents, as numbers: a peer that reads them from a tensor is compiled in pieces, and slower."""
+    return [(channels, *(n * p for n, p in zip(grid, PATCH, strict=True))) for grid in grids.tolist()]
+
+
+def _split_clips(latents: Tensor, shapes: list[tuple[int, ...]]) -> list[Tensor]:
     return [x.view(shape) for x, shape in zip(latents.split([math.prod(s) for s in shapes]), shapes, strict=True)]
 
 
@@ -249,8 +253,10 @@ def patchify_case(num_tokens: int, heads: int, dtype: torch.dtype, device: torch
     channels = 16
     grids, latents = _clips(num_tokens * heads * 2, channels, dtype, device)  # so that they too are 200 MB and more
 
+    shapes = _shapes(grids, channels)
+
     def by_permute(latents: Tensor) -> Tensor:
-        return torch.cat([_cut(z) for z in _split_clips(latents, grids, channels)])
+        return torch.cat([_cut(z) for z in _split_clips(latents, shapes)])
 
     return Case(
         name="K4 patchify",
@@ -270,24 +276,29 @@ def patchify_case(num_tokens: int, heads: int, dtype: torch.dtype, device: torch
 def flow_patchify_case(num_tokens: int, heads: int, dtype: torch.dtype, device: torch.device) -> Case:
     channels = 16
     grids, latents = _clips(num_tokens * heads // 2, channels, dtype, device)
-    t = torch.linspace(0.1, 0.9, len(grids))
+    shapes, t = _shapes(grids, channels), torch.linspace(0.1, 0.9, len(grids))
+    times = t.to(device, dtype).unbind()
     ids = torch.stack((torch.arange(len(grids)), torch.zeros(len(grids), dtype=torch.int64)), 1)
 
-    def chain(eps: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        tokens, targets = [], []
-        drawn = None if eps is None else _split_clips(eps, grids, channels)
-        for i, z in enumerate(_split_clips(latents, grids, channels)):
-            noise = torch.randn_like(z) if drawn is None else drawn[i]
-            tokens.append(_cut(torch.lerp(z, noise, float(t[i]))))
-            targets.append(_cut(noise - z))
-        return torch.cat(tokens), torch.cat(targets)
+    def clip(z: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        return _cut(torch.lerp(z, noise, t)), _cut(noise - z)
 
-    compiled = torch.compile(chain, dynamic=False)
+    def chain(clip: Callable[..., tuple[Tensor, Tensor]], eps: Tensor | None = None) -> tuple[Tensor, ...]:
+        clips = _split_clips(latents, shapes)
+        drawn = [torch.randn_like(z) for z in clips] if eps is None else _split_clips(eps, shapes)
+        made = [clip(*args) for args in zip(clips, drawn, times, strict=True)]
+        return tuple(torch.cat(parts) for parts in zip(*made, strict=True))
 
-    def same_noise(chain: Callable[[Tensor], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        """A chain with the op's own noise, which is what it adds at t = 1 to nothing."""
+    peers: dict[str, Callable[..., tuple[Tensor, ...]]] = {
+        "eager chain": partial(chain, clip),
+        "compile clip": partial(chain, torch.compile(clip, dynamic=False)),
+        "compile chain": torch.compile(partial(chain, clip), dynamic=False),
+    }
+
+    def same_noise(peer: Callable[[Tensor], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """A peer with the op's own noise, which is what it adds at t = 1 to nothing."""
         eps = flow_patchify(torch.zeros_like(latents), torch.ones_like(t), ids, grids, channels, PATCH, seed=0)[0]
-        return chain(unpatchify(eps, grids, channels, PATCH))
+        return peer(unpatchify(eps, grids, channels, PATCH))
 
     return Case(
         name="K4 flow_patchify",
@@ -295,13 +306,9 @@ def flow_patchify_case(num_tokens: int, heads: int, dtype: torch.dtype, device: 
         shape=f"C={channels} patch={PATCH} S={len(grids)} L={int(grids.prod(-1).sum())}",
         bytes=3 * latents.nbytes,
         flops=4 * latents.numel(),
-        calls={
-            OURS: partial(flow_patchify, latents, t, ids, grids, channels, PATCH, seed=0),
-            "eager chain": chain,
-            "compile chain": compiled,
-        },
+        calls={OURS: partial(flow_patchify, latents, t, ids, grids, channels, PATCH, seed=0), **peers},
         tolerance=1e-2 if dtype.itemsize == 2 else 1e-6,
-        results={"eager chain": partial(same_noise, chain), "compile chain": partial(same_noise, compiled)},
+        results={name: partial(same_noise, peer) for name, peer in peers.items()},
     )
 
 

@@ -190,6 +190,7 @@ def measure(cases: Iterable[Case], device: torch.device, repeats: int) -> Iterat
     """
     now, name, commit = now_utc(), device_name(device), commit_of_this()
     for case in cases:
+        torch._dynamo.reset()  # what is compiled knows the number of threads, and there is a limit to how often
         check(case)
         limit, _ = copy_limit(device, max(3, repeats // 2))  # beside each case: a shared machine's speed drifts
         times = interleaved_times(case.calls, device, repeats)
