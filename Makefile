@@ -2,6 +2,7 @@
 # make test     all tests but those marked slow; ARGS="-k name" goes to pytest
 # make slow     the slow tests
 # make sanitize the op tests on kernels built with AddressSanitizer and UBSan
+# make emulate  the same on the CUDA kernels, which then run on the CPU: no GPU needed
 # make lint     ruff and mypy; `make format` rewrites what ruff asks for
 # make bench    every benchmarks/bench_*.py
 # make build    only the environment and the kernels; every target above does this first, and again only what changed
@@ -27,7 +28,7 @@ NVCC := nvidia-cuda-nvcc==13.0.88 nvidia-nvvm==13.0.88 nvidia-cuda-crt==13.0.88 
 # One thread a process: tests start several, and idle OpenMP threads cost more than they bring on a small machine.
 PYTEST := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest
 
-.PHONY: build demo test slow sanitize nvcc lint format bench clean FORCE
+.PHONY: build demo test slow sanitize emulate nvcc lint format bench clean FORCE
 
 build: $(VENV)/.built
 
@@ -40,17 +41,25 @@ test: build
 slow: build
 	@$(PYTEST) -m slow $(ARGS)
 
-# A copy of the package beside its sanitized library. Python itself leaks and is not sanitized: its library comes first by
-# LD_PRELOAD, leaks are not looked for, and what torch allocates is seen all the same.
+# The op tests on a copy of the package beside its own build of the kernels, with sanitizers. Python itself leaks and is
+# not sanitized: the sanitizers' libraries come first by LD_PRELOAD, leaks are not looked for, and what torch allocates is
+# seen all the same. $(1): the copy's folder; $(2): what setup.py is told besides.
+define sanitized
+@rm -rf build/$(1) && mkdir -p build/$(1)
+@cp -r sorahpc build/$(1)/ && rm -f build/$(1)/sorahpc/*.so
+@SORAHPC_SANITIZE=1 SORAHPC_CUDA=0 $(2) $(BIN)/python setup.py -q build_ext --build-lib build/$(1) \
+  --build-temp build/$(1)/objects
+@cd build/$(1) && LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=. OMP_NUM_THREADS=2 $(2) \
+  $(abspath $(BIN))/python -m pytest -c ../../pyproject.toml --rootdir ../.. -p no:cacheprovider -q \
+  ../../tests/test_ops_*.py $(ARGS)
+endef
+
 sanitize: build
-	@rm -rf build/sanitize && mkdir -p build/sanitize
-	@cp -r sorahpc build/sanitize/ && rm -f build/sanitize/sorahpc/*.so
-	@SORAHPC_SANITIZE=1 SORAHPC_CUDA=0 $(BIN)/python setup.py -q build_ext --build-lib build/sanitize \
-	  --build-temp build/sanitize/objects
-	@cd build/sanitize && LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
-	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=. OMP_NUM_THREADS=2 \
-	  $(abspath $(BIN))/python -m pytest -c ../../pyproject.toml --rootdir ../.. -p no:cacheprovider -q \
-	  ../../tests/test_ops_*.py $(ARGS)
+	$(call sanitized,sanitize,)
+
+emulate: build
+	$(call sanitized,emulate,SORAHPC_EMULATE=1)
 
 nvcc: build/nvcc/.built
 

@@ -6,6 +6,7 @@ Environment:
     CUDA_HOME             where bin/nvcc is looked for first; else nvcc on PATH, else /usr/local/cuda
     TORCH_CUDA_ARCH_LIST  default 8.0;9.0;10.0+PTX
     SORAHPC_SANITIZE      1: the ops with AddressSanitizer and UBSan, for `make sanitize` (default 0)
+    SORAHPC_EMULATE       1: CUDA kernels that run on the CPU, for `make emulate` (default 0)
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -40,6 +42,13 @@ LEVELS = {
     "v3": ["-march=x86-64-v3"],
     "base": [],
 }
+# What a C++ compiler does not read of csrc/cuda/*.cu, in the words of tests/csrc/cuda/cuda_runtime.h. -ffp-contract: what
+# each operation rounds is tested, and nvcc too keeps __fmul_rn apart.
+EMULATE = [
+    (r"extern __shared__ (\w+) (\w+)\[\];", r"\1* const \2 = emulated::dynamic_shared<\1>();"),
+    (r"(\w+(?:<[\w, ]+>)?)<<<(.*?)>>>\((.*?)\);", r"emulated::launch({\2}, [=] { \1(\3); });"),
+]
+EMULATE_FLAGS = ["-Itests/csrc/cuda", "-iquote", "csrc/cuda", "-ffp-contract=off", "-Wno-unknown-pragmas"]
 SHIPPED = ("configs", "slurm")
 
 
@@ -107,7 +116,8 @@ class BuildExt(build_ext):
         nvcc = find_nvcc()
         if mode == "1" and nvcc is None:
             fail("SORAHPC_CUDA=1, but no nvcc in CUDA_HOME/bin, on PATH or in /usr/local/cuda/bin")
-        cuda = nvcc is not None and (mode == "1" or (mode == "auto" and torch_cuda is not None))
+        emulate = switch("SORAHPC_EMULATE", "0", ("0", "1")) == "1"
+        cuda = nvcc is not None and not emulate and (mode == "1" or (mode == "auto" and torch_cuda is not None))
 
         (ops,) = (e for e in self.extensions if e.name == "sorahpc._ops")
         ops.include_dirs = [str(torch / "include")]
@@ -131,6 +141,12 @@ class BuildExt(build_ext):
             # Static: a library with CUDA kernels then loads beside a CPU-only torch, and any CUDA torch of its driver.
             ops.libraries += ["cudart_static", "dl", "rt", "pthread"]
             ops.library_dirs += [str(p) for p in (cuda_lib(nvcc), home / "lib64", home / "lib") if p and p.is_dir()]
+
+        if emulate:
+            with ThreadPoolExecutor(2) as pool:
+                sources = sorted(Path("csrc/cuda").glob("*.cu"))
+                ops.extra_objects += pool.map(lambda s: self.compile_emulated(compiler, sanitize, s), sources)
+            ops.define_macros += [("SORAHPC_CUDA", "1"), ("SORAHPC_EMULATED", "1")]
 
         info = [e for e in self.extensions if e.name == "sorahpc._C"]
         for extension in info:
@@ -171,6 +187,19 @@ class BuildExt(build_ext):
         print(" ".join(command), flush=True)
         if subprocess.run(command).returncode != 0:
             fail(f"{source}: nvcc failed; SORAHPC_CUDA=0 builds without CUDA kernels")
+        return str(target)
+
+    def compile_emulated(self, compiler: str, flags: list[str], source: Path) -> str:
+        target = Path(self.build_temp) / source.with_suffix(".emulated.o")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        text = source.read_text()
+        for cuda, cpp in EMULATE:
+            text = re.sub(cuda, cpp, text, flags=re.DOTALL)
+        copy = target.with_suffix(".cpp")
+        copy.write_text(f'#line 1 "{source}"\n{text}')
+        command = [compiler, *CXX_FLAGS, "-fPIC", *flags, *EMULATE_FLAGS, "-c", str(copy), "-o", str(target)]
+        if subprocess.run(command).returncode != 0:
+            fail(f"{source}: {compiler} failed")
         return str(target)
 
     def get_outputs(self) -> list[str]:

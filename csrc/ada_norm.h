@@ -5,6 +5,8 @@
 //
 // with s the sample of a token. The norm is of `sum` as it is stored, so the gradient, which reads that, is exact to it.
 //
+// mean and 1 / sqrt(var + eps) of each row are kept for the gradient, which can then begin with a row's sums.
+//
 // dgate, dshift and dscale are sums over a sample's tokens: first over chunks of `chunk` tokens, counted from the first
 // of each sample, then over a sample's chunks in order. Neither depends on how the work is shared out.
 #pragma once
@@ -25,6 +27,7 @@ struct AdaNorm {
   Rows gate, shift, scale;        // [S, M]
   char *sum, *y, *dx, *dbranch;   // [L, M] contiguous; null: not wanted
   char *dgate, *dshift, *dscale;  // [S, M] contiguous; null: not wanted
+  void* moments;                  // [L, 2] in what is computed in: a row's mean and inverse deviation
   void* partials;                 // [num_chunks, kinds, M] in what is computed in
   int64_t num_tokens, num_samples, M;
   double eps;

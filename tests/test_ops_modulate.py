@@ -276,11 +276,11 @@ def test_opcheck(given: tuple[bool, bool, bool], device: str) -> None:
         torch.ones_like(x) if has_branch else None,
         torch.ones_like(x),
         x,
+        torch.ones(len(x), 2, device=device),
         dense["branch"] if gated else None,
         dense.get("gate"),
         dense.get("scale"),
         lens,
-        1e-6,
     )
     torch.library.opcheck(torch.ops.sorahpc.ada_norm_backward.default, backward)
 
@@ -400,6 +400,7 @@ def test_every_level_of_cpu_gives_the_result(level: str) -> None:
 
 
 X, V, LENS_4 = torch.zeros(4, 6), torch.zeros(2, 6), torch.tensor([1, 3])
+MOMENTS = torch.ones(4, 2)
 
 
 @pytest.mark.parametrize("reference", [False, True], ids=["compiled", "reference"])
@@ -456,7 +457,7 @@ def test_the_compiled_body_itself_never_leaves_its_memory() -> None:
         with pytest.raises(RuntimeError, match="lens"):
             op(X, X, None, None, None, lens_S, 1e-6)
         with pytest.raises(RuntimeError, match="lens"):
-            backward(None, X, X, None, None, None, lens_S, 1e-6)
+            backward(None, X, X, MOMENTS, None, None, None, lens_S)
     for message, args in (
         ("lens", (X, None, None, None, None, LENS_4.int(), 1e-6)),
         ("x", (X[0], None, None, None, None, LENS_4, 1e-6)),
@@ -470,11 +471,13 @@ def test_the_compiled_body_itself_never_leaves_its_memory() -> None:
         with pytest.raises(RuntimeError, match=message):
             op(*args)
     for message, args in (
-        ("dy", (None, X[:3], X, None, None, None, LENS_4, 1e-6)),
-        ("dsum", (X[:3], X, X, None, None, None, LENS_4, 1e-6)),
-        ("gate", (X, X, X, None, V, None, LENS_4, 1e-6)),
-        ("branch", (X, X, X, X[:1], V, None, LENS_4, 1e-6)),
-        ("scale", (X, X, X, X, V, V[:1], LENS_4, 1e-6)),
+        ("dy", (None, X[:3], X, MOMENTS, None, None, None, LENS_4)),
+        ("dsum", (X[:3], X, X, MOMENTS, None, None, None, LENS_4)),
+        ("gate", (X, X, X, MOMENTS, None, V, None, LENS_4)),
+        ("branch", (X, X, X, MOMENTS, X[:1], V, None, LENS_4)),
+        ("scale", (X, X, X, MOMENTS, X, V, V[:1], LENS_4)),
+        ("moments", (None, X, X, MOMENTS[:3], None, None, None, LENS_4)),
+        ("moments", (None, X, X, MOMENTS.double(), None, None, None, LENS_4)),
     ):
         with pytest.raises(RuntimeError, match=message):
             backward(*args)

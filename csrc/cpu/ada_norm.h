@@ -87,6 +87,8 @@ void ada_norm_tokens(const AdaNorm& op, const Sample* samples, int64_t begin, in
   C all = total<C>(M, taker(begin, s, now));
   for (int64_t token = begin; token < end; ++token) {
     const C mean = all / C(M), r = inverse_deviation<C>(now, M, mean, op.eps);
+    C* const moments = (C*)op.moments + 2 * token;
+    moments[0] = mean, moments[1] = r;
     const auto give = [mean, r, now, shift = row_of<T>(op.shift, s), scale = row_of<T>(op.scale, s),
                        y = (T*)op.y + token * M](auto w, int64_t i) __attribute__((always_inline)) {
       constexpr int N = decltype(w)::value;
@@ -113,28 +115,33 @@ void ada_norm_tokens(const AdaNorm& op, const Sample* samples, int64_t begin, in
 // With n = (sum - mean) r and g = dy (1 + scale):
 //   dx = r (g - mean(g) - n mean(g n)) + dsum    dbranch = gate dx
 //   dgate += branch dx    dshift += dy    dscale += dy n
-// A row's last loop is the next row's first, as in the forward pass: `all` is the sum of x, and returned that of the next.
+// What one row of the backward pass reads and writes.
 template <typename T, bool STREAM, bool GATED, bool MODULATED>
-SORAHPC_INLINE typename Compute<T>::type ada_norm_backward_row(
-    const AdaNorm& op, int64_t token, typename Compute<T>::type all, const T* next, const T* gate, const T* scale,
-    typename Compute<T>::type* dgate, typename Compute<T>::type* dshift, typename Compute<T>::type* dscale) {
+struct BackwardRow {
   using C = typename Compute<T>::type;
-  const int64_t M = op.M;
-  const T* x = row_of<T>(op.x, token);
-  const T* dy = row_of<T>(op.dy, token);
-  const T* dsum = row_of<T>(op.dsum, token);
-  const T* branch = row_of<T>(op.branch, token);
-  T* dx = (T*)op.dx + token * M;
-  T* dbranch = (T*)op.dbranch + token * M;
-  const T* next_dy = dy + op.dy.stride;
-  const C mean = all / C(M), r = inverse_deviation<C>(x, M, mean, op.eps);
+  const T *x, *dy, *dsum, *branch, *gate, *scale;
+  T *dx, *dbranch;
+  C *dgate, *dshift, *dscale;
+  C mean, r;
+  C g_mean, gn_mean;  // once its sums are known
 
-  // Two sums at once, each in two.
-  constexpr int N = LANES<C>;
-  Vec<C, N> g0{}, g1{}, gn0{}, gn1{};
-  C g_rest = 0, gn_rest = 0;
-  const auto add = [&](auto w, int64_t i, auto g_sum, auto gn_sum) __attribute__((always_inline)) {
-    constexpr int N = decltype(w)::value;
+  BackwardRow(const AdaNorm& op, int64_t token, int64_t s, C* sums)
+      : x(row_of<T>(op.x, token)), dy(row_of<T>(op.dy, token)), dsum(row_of<T>(op.dsum, token)),
+        branch(row_of<T>(op.branch, token)), gate(row_of<T>(op.gate, s)), scale(row_of<T>(op.scale, s)),
+        dx((T*)op.dx + token * op.M), dbranch((T*)op.dbranch + token * op.M), dgate(sums),
+        dshift(sums + (GATED ? op.M : 0)), dscale(dshift + op.M), mean(((const C*)op.moments)[2 * token]),
+        r(((const C*)op.moments)[2 * token + 1]) {}
+
+  template <int N>
+  struct Sums {
+    Vec<C, N> g, gn;
+  };
+
+  // Numbers from i on: to dshift and dscale, and what they add to the sums of g and g n.
+  template <int N>
+  SORAHPC_INLINE Sums<N> take(int64_t i) const {
+    prefetch(ahead(x + i));
+    prefetch(ahead(dy + i));
     const Vec<C, N> n = (load<N>(x + i) - mean) * r;
     Vec<C, N> g = load<N>(dy + i);
     if constexpr (MODULATED) {
@@ -142,24 +149,12 @@ SORAHPC_INLINE typename Compute<T>::type ada_norm_backward_row(
       store<false, N>(dscale + i, load<N>(dscale + i) + g * n);
       g *= load<N>(scale + i) + C(1);
     }
-    struct {
-      Vec<C, N> g, gn;
-    } sums{g_sum + g, gn_sum + g * n};
-    return sums;
-  };
-  int64_t i = 0;
-  for (; i + 2 * N <= M; i += 2 * N) {
-    const auto even = add(width<N>{}, i, g0, gn0), odd = add(width<N>{}, i + N, g1, gn1);
-    g0 = even.g, gn0 = even.gn, g1 = odd.g, gn1 = odd.gn;
+    return {g, g * n};
   }
-  for (; i < M; ++i) {
-    const auto one = add(width<1>{}, i, splat<C, 1>(g_rest), splat<C, 1>(gn_rest));
-    g_rest = one.g[0], gn_rest = one.gn[0];
-  }
-  const C g_mean = (sum<C, N>(g0 + g1) + g_rest) / C(M), gn_mean = (sum<C, N>(gn0 + gn1) + gn_rest) / C(M);
 
-  return total<C>(M, [&](auto w, int64_t i) __attribute__((always_inline)) {
-    constexpr int N = decltype(w)::value;
+  // The results from i on, and to dgate.
+  template <int N>
+  SORAHPC_INLINE void give(int64_t i) const {
     const Vec<C, N> n = (load<N>(x + i) - mean) * r;
     Vec<C, N> g = load<N>(dy + i);
     if constexpr (MODULATED) g *= load<N>(scale + i) + C(1);
@@ -174,33 +169,67 @@ SORAHPC_INLINE typename Compute<T>::type ada_norm_backward_row(
       store<STREAM, N>(dbranch + i, d * load<N>(gate + i));
       store<false, N>(dgate + i, load<N>(dgate + i) + d * load<N>(branch + i));
     }
-    prefetch(next_dy + i);
-    prefetch(ahead(next + i));
-    return load<N>(next + i);
-  });
+  }
+};
+
+// Calls at(width, i) over [0, M), and sets what its sums mean to the row.
+template <typename Row, typename F>
+SORAHPC_INLINE void take_row(Row& row, int64_t M, F&& at) {
+  using C = typename Row::C;
+  constexpr int N = LANES<C>;
+  typename Row::template Sums<N> a{}, b{};  // two, so that an addition needn't wait for the one before
+  int64_t i = 0;
+  for (; i + 2 * N <= M; i += 2 * N) {
+    const auto even = at(width<N>{}, i), odd = at(width<N>{}, i + N);
+    a.g += even.g, a.gn += even.gn, b.g += odd.g, b.gn += odd.gn;
+  }
+  C g_rest = 0, gn_rest = 0;
+  for (; i < M; ++i) {
+    const auto one = at(width<1>{}, i);
+    g_rest += one.g[0], gn_rest += one.gn[0];
+  }
+  row.g_mean = (sum<C, N>(a.g + b.g) + g_rest) / C(M);
+  row.gn_mean = (sum<C, N>(a.gn + b.gn) + gn_rest) / C(M);
 }
 
+// Rows whose sums are added up apart before they go to their chunk's: float32 loses nothing to speak of in so many.
+constexpr int64_t TOGETHER = 32;
+
+// As in the forward pass, a row's results and the next row's sums are one loop. scratch: [kinds, M].
 template <typename T, bool STREAM, bool GATED, bool MODULATED>
-void ada_norm_backward_chunks(const AdaNorm& op, const Sample* samples, int64_t begin, int64_t end) {
+void ada_norm_backward_chunks(const AdaNorm& op, const Sample* samples, int64_t begin, int64_t end, void* scratch) {
   using C = typename Compute<T>::type;
-  const int64_t M = op.M;
+  using Row = BackwardRow<T, STREAM, GATED, MODULATED>;
+  const int64_t M = op.M, numbers = op.kinds() * M;
   for (int64_t id = begin; id < end; ++id) {
     int64_t token, last;
     const int64_t s = op.tokens_of_chunk(samples, id, &token, &last);
     if (token >= last) continue;
-    const int64_t kinds = op.kinds();
-    C* partial = (C*)op.partials + id * kinds * M;
-    if (kinds > 0) std::memset(partial, 0, kinds * M * sizeof(C));
-    C* dshift = partial + (GATED ? M : 0);
-    const T *gate = row_of<T>(op.gate, s), *scale = row_of<T>(op.scale, s);
-    const T* x = row_of<T>(op.x, token);
-    C all = total<C>(M, [&](auto w, int64_t i) __attribute__((always_inline)) {
-      return load<decltype(w)::value>(x + i);
-    });
-    for (; token < last; ++token) {
-      const T* next = row_of<T>(op.x, token + 1 < last ? token + 1 : token);
-      all = ada_norm_backward_row<T, STREAM, GATED, MODULATED>(op, token, all, next, gate, scale, partial, dshift,
-                                                               dshift + M);
+    C *partial = (C*)op.partials + id * numbers, *sums = (C*)scratch;
+    if (numbers > 0) std::memset(partial, 0, numbers * sizeof(C));
+    while (token < last) {
+      const int64_t until = token + TOGETHER < last ? token + TOGETHER : last;
+      if (numbers > 0) std::memset(sums, 0, numbers * sizeof(C));
+      Row now(op, token, s, sums);
+      take_row(now, M, [&](auto w, int64_t i) __attribute__((always_inline)) {
+        return now.template take<decltype(w)::value>(i);
+      });
+      for (++token; token < until; ++token) {
+        const Row before = now;
+        Row next(op, token, s, sums);
+        take_row(next, M, [&](auto w, int64_t i) __attribute__((always_inline)) {
+          before.template give<decltype(w)::value>(i);
+          return next.template take<decltype(w)::value>(i);
+        });
+        now = next;
+      }
+      in_vectors<LANES<C>>(M, [&](auto w, int64_t i) __attribute__((always_inline)) {
+        now.template give<decltype(w)::value>(i);
+      });
+      in_vectors<LANES<C>>(numbers, [&](auto w, int64_t i) __attribute__((always_inline)) {
+        constexpr int N = decltype(w)::value;
+        store<false, N>(partial + i, load<N>(partial + i) + load<N>(sums + i));
+      });
     }
   }
   if (STREAM) stream_fence();
@@ -238,12 +267,12 @@ void ada_norm_typed(const AdaNorm& op, const Sample* samples, int64_t begin, int
 }
 
 template <typename T, bool STREAM>
-void ada_norm_backward_typed(const AdaNorm& op, const Sample* samples, int64_t begin, int64_t end) {
+void ada_norm_backward_typed(const AdaNorm& op, const Sample* samples, int64_t begin, int64_t end, void* scratch) {
   if (op.gate.p != nullptr)
-    return op.scale.p != nullptr ? ada_norm_backward_chunks<T, STREAM, true, true>(op, samples, begin, end)
-                                 : ada_norm_backward_chunks<T, STREAM, true, false>(op, samples, begin, end);
-  return op.scale.p != nullptr ? ada_norm_backward_chunks<T, STREAM, false, true>(op, samples, begin, end)
-                               : ada_norm_backward_chunks<T, STREAM, false, false>(op, samples, begin, end);
+    return op.scale.p != nullptr ? ada_norm_backward_chunks<T, STREAM, true, true>(op, samples, begin, end, scratch)
+                                 : ada_norm_backward_chunks<T, STREAM, true, false>(op, samples, begin, end, scratch);
+  return op.scale.p != nullptr ? ada_norm_backward_chunks<T, STREAM, false, true>(op, samples, begin, end, scratch)
+                               : ada_norm_backward_chunks<T, STREAM, false, false>(op, samples, begin, end, scratch);
 }
 
 void ada_norm(const AdaNorm* op, const Sample* samples, int64_t begin, int64_t end, void* scratch) {
@@ -254,11 +283,11 @@ void ada_norm(const AdaNorm* op, const Sample* samples, int64_t begin, int64_t e
   });
 }
 
-void ada_norm_backward(const AdaNorm* op, const Sample* samples, int64_t begin, int64_t end) {
+void ada_norm_backward(const AdaNorm* op, const Sample* samples, int64_t begin, int64_t end, void* scratch) {
   with_number(op->dtype, [&](auto x) {
     using T = decltype(x);
-    return op->stream ? ada_norm_backward_typed<T, true>(*op, samples, begin, end)
-                      : ada_norm_backward_typed<T, false>(*op, samples, begin, end);
+    return op->stream ? ada_norm_backward_typed<T, true>(*op, samples, begin, end, scratch)
+                      : ada_norm_backward_typed<T, false>(*op, samples, begin, end, scratch);
   });
 }
 

@@ -27,8 +27,8 @@ struct CpuKernels {
                         int64_t h1, const char* latent, char* tokens, char* target, char* scratch);
   // Tokens [begin, end). scratch: 2 M numbers of what is computed in, this thread's own.
   void (*ada_norm)(const AdaNorm* op, const Sample* samples, int64_t begin, int64_t end, void* scratch);
-  // Chunks [begin, end) of op->num_chunks().
-  void (*ada_norm_backward)(const AdaNorm* op, const Sample* samples, int64_t begin, int64_t end);
+  // Chunks [begin, end) of op->num_chunks(). scratch: kinds() M numbers.
+  void (*ada_norm_backward)(const AdaNorm* op, const Sample* samples, int64_t begin, int64_t end, void* scratch);
   // Sums [begin, end) of the num_samples * kinds, once all chunks are done.
   void (*ada_norm_sums)(const AdaNorm* op, const Sample* samples, int64_t begin, int64_t end);
   // Tokens [begin, end) of op's; table: see ops/embed.cpp.

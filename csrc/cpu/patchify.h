@@ -1,6 +1,6 @@
 // patchify on CPU. Either direction turns matrices over: what is a row of pixels on one side is a column on the other,
-// of one unit a token. Blocks of them are turned in registers, and put together in memory that stays in the second
-// cache.
+// of one unit a token. Blocks of them are turned in registers. To get past the caches, whole lines of tokens are written
+// at once; what comes in smaller pieces is first put together in memory that stays in the second cache.
 #pragma once
 
 #include "../patchify.h"
@@ -68,7 +68,8 @@ SORAHPC_INLINE void turn_over(Vec<U, N> (&v)[N]) {
 }
 
 // In blocks of N * N units U; a last block overlaps the one before it, and moves some of its units a second time.
-template <typename U, int N, bool TO_TOKENS>
+// STREAM: to tokens only, see `stream_lines`.
+template <typename U, int N, bool TO_TOKENS, bool STREAM = false>
 void turn_matrices(const Patchify& p, const Matrices& m, int64_t num_rows, int64_t W, const TokenRows& at) {
   const int64_t unit = sizeof(U), token_bytes = m.number * m.rows * m.columns_a_token * unit;
   int64_t column[N];  // where one lies in the tokens, from the first of its block on
@@ -98,7 +99,7 @@ void turn_matrices(const Patchify& p, const Matrices& m, int64_t num_rows, int64
           turn_over<U, N>(v);
           unrolled<N>([&](auto k) __attribute__((always_inline)) {
             constexpr int i = decltype(k)::value;
-            std::memcpy(TO_TOKENS ? block + column[i] : row[i] + begin * unit, &v[i], sizeof(v[i]));
+            put<STREAM>(TO_TOKENS ? block + column[i] : row[i] + begin * unit, v[i]);
           });
         }
       }
@@ -113,6 +114,21 @@ bool turn_rows(const Patchify& p, bool to_tokens, int64_t num_rows, int64_t W, c
     return true;
   }
   if constexpr (N > 2) return turn_rows<U, N / 2>(p, to_tokens, num_rows, W, at);
+  return false;
+}
+
+// Rows that are whole lines of the cache, in blocks a line wide, so that each vector of a block is one. Whether it could:
+// with narrower vectors a block doesn't fit the registers, and takes four times as long as by way of the scratch memory.
+template <typename U>
+bool stream_lines(const Patchify& p, int64_t num_rows, int64_t W, const TokenRows& at) {
+  if constexpr (VECTOR_BYTES == 64) {
+    constexpr int N = 64 / sizeof(U);
+    const Matrices m(p, W);
+    if (uintptr_t(at.tokens) % 64 == 0 && m.rows % N == 0 && m.columns >= N && N % m.columns_a_token == 0) {
+      turn_matrices<U, N, true, true>(p, m, num_rows, W, at);
+      return true;
+    }
+  }
   return false;
 }
 
@@ -133,8 +149,10 @@ void copy_rows(const Patchify& p, int item_bytes, bool to_tokens, int64_t num_ro
           }
 }
 
+int64_t unit_of(const Patchify& p, int item_bytes) { return (p.channels_last ? 1 : p.pw) * item_bytes; }
+
 void move_rows(const Patchify& p, int item_bytes, bool to_tokens, int64_t num_rows, int64_t W, const TokenRows& at) {
-  const int64_t unit = (p.channels_last ? 1 : p.pw) * item_bytes;
+  const int64_t unit = unit_of(p, item_bytes);
   if (unit == 2 && turn_rows<uint16_t>(p, to_tokens, num_rows, W, at)) return;
   if (unit == 4 && turn_rows<uint32_t>(p, to_tokens, num_rows, W, at)) return;
   if (unit == 8 && turn_rows<uint64_t>(p, to_tokens, num_rows, W, at)) return;
@@ -151,6 +169,9 @@ void patchify(const Patchify* op, int item_bytes, bool to_tokens, const Sample* 
   at.pixels = latent + t * p.pt * at.frame + h0 * p.ph * at.row;
   at.tokens = tokens + (t * s.H + h0) * s.W * p.token_size() * item_bytes;
   if (scratch == nullptr) return move_rows(p, item_bytes, to_tokens, num_rows, s.W, at);
+  const int64_t unit = unit_of(p, item_bytes);
+  if (to_tokens && unit == 4 && stream_lines<uint32_t>(p, num_rows, s.W, at)) return;
+  if (to_tokens && unit == 8 && stream_lines<uint64_t>(p, num_rows, s.W, at)) return;
   TokenRows near = at;
   if (to_tokens) {
     near.tokens = scratch;

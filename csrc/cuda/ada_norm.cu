@@ -85,6 +85,7 @@ __global__ void __launch_bounds__(THREADS)
         squares += off * off;
       }
     const float r = 1.0f / sqrtf(block_sum(squares, 0).x / float(M) + float(op.eps));
+    if (threadIdx.x == 0) static_cast<float2*>(op.moments)[token] = make_float2(mean, r);
     for (int i = first; i < M; i += step) {
       float v[VEC], a[VEC], b[VEC];
 #pragma unroll
@@ -100,7 +101,7 @@ __global__ void __launch_bounds__(THREADS)
   }
 }
 
-// The formulas are in cpu/ada_norm.h. A row is read four times, after the first from L1.
+// The formulas are in cpu/ada_norm.h. x and dy are read twice, the second time from L1.
 template <typename T, int VEC>
 __global__ void __launch_bounds__(THREADS, 3)  // 3: ptxas else spills on sm_80, for a block more
     backward(const __grid_constant__ AdaNorm op, const __grid_constant__ Pack pack) {
@@ -128,22 +129,8 @@ __global__ void __launch_bounds__(THREADS, 3)  // 3: ptxas else spills on sm_80,
       T* dx = reinterpret_cast<T*>(op.dx) + token * M;
       T* dbranch = reinterpret_cast<T*>(op.dbranch) + token * M;
       float v[VEC], g[VEC], a[VEC];
-      float all = 0;
-#pragma unroll 1
-      for (int i = first; i < M; i += step) {
-        load<VEC>(x + i, v);
-#pragma unroll
-        for (int j = 0; j < VEC; ++j) all += v[j];
-      }
-      const float mean = block_sum(all, 0).x / float(M);
-      float squares = 0;
-#pragma unroll 1
-      for (int i = first; i < M; i += step) {
-        load<VEC>(x + i, v);
-#pragma unroll
-        for (int j = 0; j < VEC; ++j) squares += (v[j] - mean) * (v[j] - mean);
-      }
-      const float r = 1.0f / sqrtf(block_sum(squares, 0).x / float(M) + float(op.eps));
+      const float2 moments = static_cast<const float2*>(op.moments)[token];
+      const float mean = moments.x, r = moments.y;
       float g_sum = 0, gn_sum = 0;
 #pragma unroll 1
       for (int i = first; i < M; i += step) {

@@ -4,7 +4,7 @@
 #include <cstring>
 #include <string>
 
-#ifdef SORAHPC_CUDA
+#if defined(SORAHPC_CUDA) && !defined(SORAHPC_EMULATED)
 #include <dlfcn.h>
 #endif
 
@@ -55,7 +55,7 @@ const CpuKernels& cpu() {
 #endif
 }
 
-#ifdef SORAHPC_CUDA
+#if defined(SORAHPC_CUDA) && !defined(SORAHPC_EMULATED)
 // libtorch_cuda is looked up at run time, so that this library loads beside a CPU-only torch too; torch loads it
 // RTLD_LOCAL, hence not through RTLD_DEFAULT.
 void* current_stream(int32_t device) {

@@ -37,8 +37,32 @@ struct Schema {
 // The kernels for the best level of this machine's CPU.
 const CpuKernels& cpu();
 
+// Whether an op on x takes its CPU kernel. In a build of `make emulate` CUDA's kernels run on the CPU, but for float64,
+// which they don't have.
+inline bool runs_on_cpu(const Tensor& x) {
+#ifdef SORAHPC_EMULATED
+  return x.scalar_type() == ScalarType::Double;
+#else
+  return x.is_cpu();
+#endif
+}
+
 #ifdef SORAHPC_CUDA
+#ifdef SORAHPC_EMULATED
+struct OnDevice {
+  explicit OnDevice(const Tensor&) {}
+  void* const stream = nullptr;
+};
+#else
 void* current_stream(int32_t device);
+
+// x's device is the current one while this lives, and `stream` its current stream.
+struct OnDevice {
+  explicit OnDevice(const Tensor& x) : guard(x.get_device_index()), stream(current_stream(x.get_device_index())) {}
+  const torch::stable::accelerator::DeviceGuard guard;
+  void* const stream;
+};
+#endif
 #endif
 
 Dtype dtype_of(const Tensor& x);

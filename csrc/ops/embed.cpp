@@ -58,15 +58,15 @@ Tensor add_sincos3d(const Tensor& x, const Tensor& grids, double theta, int64_t 
   Tensor out = torch::stable::new_empty(in, {x.size(0), x.size(1)});
   if (op.num_tokens == 0) return out;
   op.x = data(in), op.x_stride = in.stride(0), op.out = out_data(out);
-  if (in.is_cpu()) {
+  if (runs_on_cpu(in)) {
     op.dtype == Dtype::f64 ? on_cpu<double>(op, samples) : on_cpu<float>(op, samples);
     return out;
   }
 #ifdef SORAHPC_CUDA
   STD_TORCH_CHECK(op.dtype != Dtype::f64, "add_sincos3d: float64 is for CPU");
-  const torch::stable::accelerator::DeviceGuard guard(in.get_device_index());
+  const OnDevice on(in);
   const int error = sorahpc_add_sincos3d_cuda(&op, samples.host(), samples.size(), samples.device(in),
-                                              current_stream(in.get_device_index()));
+                                              on.stream);
   STD_TORCH_CHECK(error == 0, "add_sincos3d: CUDA error ", error, " at launch");
 #endif
   return out;
@@ -81,7 +81,7 @@ Tensor timestep_embedding(const Tensor& t, int64_t dim, double scale, double max
   Tensor out = torch::stable::new_empty(in, {t.size(0), dim});
   const int64_t half = dim / 2;
   if (t.size(0) == 0) return out;
-  if (in.is_cpu()) {
+  if (runs_on_cpu(in)) {
     std::vector<double> exact(half);
     for (int64_t i = 0; i < half; ++i) exact[i] = std::exp(-std::log(max_period) * double(i) / double(half));
     const std::vector<float> rounded(exact.begin(), exact.end());
@@ -95,9 +95,9 @@ Tensor timestep_embedding(const Tensor& t, int64_t dim, double scale, double max
   }
 #ifdef SORAHPC_CUDA
   STD_TORCH_CHECK(type == ScalarType::Float, "timestep_embedding: float64 is for CPU");
-  const torch::stable::accelerator::DeviceGuard guard(in.get_device_index());
+  const OnDevice on(in);
   const int error = sorahpc_timesteps_cuda(data<float>(in), out_data<float>(out), t.size(0), half, scale, max_period,
-                                           current_stream(in.get_device_index()));
+                                           on.stream);
   STD_TORCH_CHECK(error == 0, "timestep_embedding: CUDA error ", error, " at launch");
 #endif
   return out;

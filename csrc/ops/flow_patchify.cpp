@@ -53,7 +53,7 @@ std::tuple<Tensor, Tensor> flow_patchify(const Tensor& latents, const Tensor& t,
   char* const tokens = out_data(std::get<0>(out));
   char* const learned = out_data(std::get<1>(out));
 
-  if (source.is_cpu()) {
+  if (runs_on_cpu(source)) {
     for_units(samples, op.patch, bytes, 2, 16384, [&](int64_t i, int64_t t, int64_t h0, int64_t h1, char* scratch) {
       const int64_t base = table[i].first_token * P * bytes;
       cpu().flow_patchify(&op, &draws[i], table + i, t, h0, h1, in + base, tokens + base, learned + base, scratch);
@@ -62,13 +62,13 @@ std::tuple<Tensor, Tensor> flow_patchify(const Tensor& latents, const Tensor& t,
   }
 #ifdef SORAHPC_CUDA
   STD_TORCH_CHECK(op.dtype != Dtype::f64, "flow_patchify: float64 is for CPU");
-  const torch::stable::accelerator::DeviceGuard guard(source.get_device_index());
+  const OnDevice on(source);
   const Sample* far = samples.device(source, MAX_NOISED_IN_ARGUMENTS);
   std::optional<Tensor> far_draws;
   if (far != nullptr) far_draws = copy_to_device(draws.data(), int64_t(draws.size() * sizeof(Draw)), source);
   const int error = sorahpc_flow_patchify_cuda(&op, table, draws.data(), samples.size(), far,
                                                far_draws ? data<Draw>(*far_draws) : nullptr, in, tokens, learned,
-                                               current_stream(source.get_device_index()));
+                                               on.stream);
   STD_TORCH_CHECK(error == 0, "flow_patchify: CUDA error ", error, " at launch");
 #endif
   return out;

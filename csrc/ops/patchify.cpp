@@ -30,7 +30,7 @@ Tensor patchify_any(const Tensor& input, const Tensor& grids, const Patchify& op
   char* const latents = to_tokens ? in : out;
   char* const tokens = to_tokens ? out : in;
 
-  if (source.is_cpu()) {
+  if (runs_on_cpu(source)) {
     for_units(samples, op, bytes, 1, 65536, [&](int64_t i, int64_t t, int64_t h0, int64_t h1, char* scratch) {
       const int64_t base = samples.host()[i].first_token * P * bytes;
       cpu().patchify(&op, bytes, to_tokens, samples.host() + i, t, h0, h1, latents + base, tokens + base, scratch);
@@ -38,9 +38,9 @@ Tensor patchify_any(const Tensor& input, const Tensor& grids, const Patchify& op
     return result;
   }
 #ifdef SORAHPC_CUDA
-  const torch::stable::accelerator::DeviceGuard guard(source.get_device_index());
+  const OnDevice on(source);
   const int error = sorahpc_patchify_cuda(&op, bytes, to_tokens, samples.host(), samples.size(), samples.device(source),
-                                          latents, tokens, current_stream(source.get_device_index()));
+                                          latents, tokens, on.stream);
   STD_TORCH_CHECK(error == 0, "patchify: CUDA error ", error, " at launch");
 #endif
   return result;

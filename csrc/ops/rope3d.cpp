@@ -85,7 +85,7 @@ void launch(Rope3d& op, const Tensor& like, const Tensor& grids, int64_t num_chu
   Samples samples = Samples::of_grids(grids, op.first + op.num_tokens, true);
   const int64_t heads = op.qk[0].num_heads + op.qk[1].num_heads;
   if (op.num_tokens == 0 || heads == 0 || op.head_dim == 0) return;
-  if (like.is_cpu()) {
+  if (runs_on_cpu(like)) {
     const int64_t row = heads * op.head_dim;
     // Whole vectors at aligned places only; 16 is the widest, and a pair's halves lie D/2 apart where not interleaved.
     op.stream = op.num_tokens * row * item_bytes(op.dtype) > STREAM_BYTES &&
@@ -108,9 +108,9 @@ void launch(Rope3d& op, const Tensor& like, const Tensor& grids, int64_t num_chu
   }
 #ifdef SORAHPC_CUDA
   STD_TORCH_CHECK(op.dtype != Dtype::f64, "rope3d: float64 is for CPU");
-  const torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
+  const OnDevice on(like);
   const int error = sorahpc_rope3d_cuda(&op, samples.host(), samples.size(), samples.device(like), num_chunks,
-                                        current_stream(like.get_device_index()));
+                                        on.stream);
   STD_TORCH_CHECK(error == 0, "rope3d: CUDA error ", error, " at launch");
 #endif
 }
@@ -163,7 +163,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> qk_norm_rope3d_backward(
   const Tensor* weight[2] = {&q_weight, &k_weight};
   // A sum for each chunk first, then one over the chunks: the same for any number of threads. On a GPU a chunk is what
   // a block works through, so that there are a few blocks a multiprocessor; on the CPU it is long enough to be cheap.
-  op.chunk = int32_t(q.is_cpu() ? 16 : std::max<int64_t>(4, (op.num_tokens + 1023) / 1024 + 3) / 4 * 4);
+  op.chunk = int32_t(runs_on_cpu(q) ? 16 : std::max<int64_t>(4, (op.num_tokens + 1023) / 1024 + 3) / 4 * 4);
   const int64_t num_chunks = (op.num_tokens + op.chunk - 1) / op.chunk;
   std::vector<Tensor> keep, out, sums;
   keep.reserve(6), out.reserve(2), sums.reserve(2);

@@ -32,7 +32,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor, lens: Tensor, eps: float =
             `lens` are checked when the graph runs, as RuntimeError.
     """
     _check("modulate", x, lens, eps, {}, {"shift": shift, "scale": scale})
-    out: tuple[Tensor, Tensor] = _ada_norm(x, None, None, shift, scale, lens, eps)
+    out: tuple[Tensor, Tensor, Tensor] = _ada_norm(x, None, None, shift, scale, lens, eps)
     return out[1]
 
 
@@ -64,8 +64,8 @@ def residual_norm(
     vectors = {"gate": gate, "shift": shift, "scale": scale}
     given = {name: v for name, v in vectors.items() if v is not None}
     _check("residual_norm", x, lens, eps, {"branch": branch}, given)
-    out: tuple[Tensor, Tensor] = _ada_norm(x, branch, gate, shift, scale, lens, eps)
-    return out
+    out: tuple[Tensor, Tensor, Tensor] = _ada_norm(x, branch, gate, shift, scale, lens, eps)
+    return out[:2]
 
 
 def _found(x: Tensor | None) -> str:
@@ -110,7 +110,8 @@ def _reference(
     scale: Tensor | None,
     lens: Tensor,
     eps: float,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(sum, or an empty tensor without a branch; y; mean and inverse deviation of each row, for the gradient)"""
     _check_sum("ada_norm", lens, len(x))
     total, summed = _wide(x), x.new_empty(0)
     if branch is not None:
@@ -120,18 +121,21 @@ def _reference(
     y = torch.nn.functional.layer_norm(total, total.shape[-1:], eps=eps)
     if scale is not None and shift is not None:
         y = y * (1 + _over_tokens(scale, lens, y)) + _over_tokens(shift, lens, y)
-    return summed, y.to(x.dtype).contiguous()
+    with torch.no_grad():
+        variance, mean = torch.var_mean(total, -1, correction=0)
+        moments = torch.stack((mean, torch.rsqrt(variance + eps)), -1)
+    return summed, y.to(x.dtype).contiguous(), moments
 
 
 def _backward_reference(
     dsum: Tensor | None,
     dy: Tensor,
     sum: Tensor,
+    moments: Tensor,
     branch: Tensor | None,
     gate: Tensor | None,
     scale: Tensor | None,
     lens: Tensor,
-    eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     _check_sum("ada_norm_backward", lens, len(sum))
     x, g = _wide(sum), _wide(dy)
@@ -140,9 +144,8 @@ def _backward_reference(
     def a_sample(v_LM: Tensor) -> Tensor:
         return v_LM.new_zeros(len(lens), v_LM.shape[1]).index_add_(0, sample, v_LM).to(sum.dtype)
 
-    off = x - x.mean(-1, keepdim=True)
-    r = torch.rsqrt(off.square().mean(-1, keepdim=True) + eps)
-    normed = off * r
+    mean, r = moments.split(1, dim=-1)
+    normed = (x - mean) * r
     dbranch = dgate = dshift = dscale = sum.new_empty(0)
     if scale is not None:
         dshift, dscale = a_sample(g), a_sample(g * normed)
@@ -169,36 +172,42 @@ def _check_sum(op: str, lens: Tensor, num_tokens: int) -> None:
 # The ops
 
 
-def _fake(x: Tensor, branch: Tensor | None, *_: Any) -> tuple[Tensor, Tensor]:
-    return x.new_empty(0 if branch is None else x.shape), x.new_empty(x.shape)
+def _fake(x: Tensor, branch: Tensor | None, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    moments = x.new_empty((x.shape[0], 2), dtype=torch.float64 if x.dtype is torch.float64 else torch.float32)
+    return x.new_empty(0 if branch is None else x.shape), x.new_empty(x.shape), moments
 
 
 def _backward_fake(
     dsum: Tensor | None,
     dy: Tensor,
     sum: Tensor,
+    moments: Tensor,
     branch: Tensor | None,
     gate: Tensor | None,
     scale: Tensor | None,
-    *_: Any,
+    lens: Tensor,
 ) -> tuple[Tensor, ...]:
     wanted = (sum, branch, gate, scale, scale)
     return tuple(sum.new_empty(0 if v is None else v.shape) for v in wanted)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, branch, gate, _, scale, lens, ctx.eps = inputs
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    x, branch, gate, _, scale, lens, _ = inputs
+    total, _, moments = output
+    ctx.mark_non_differentiable(moments)
     ctx.set_materialize_grads(False)  # no zeros for a sum that nobody reads, as of the last block
     ctx.has_branch = branch is not None
     # Of branch's gradient only a gate needs the branch.
-    ctx.save_for_backward(output[0] if ctx.has_branch else x, None if gate is None else branch, gate, scale, lens)
+    ctx.save_for_backward(
+        total if ctx.has_branch else x, moments, None if gate is None else branch, gate, scale, lens
+    )
 
 
-def _backward(ctx: Any, dsum: Tensor | None, dy: Tensor | None) -> tuple[Tensor | None, ...]:
-    *saved, lens = ctx.saved_tensors
-    total, _, gate, scale = saved
+def _backward(ctx: Any, dsum: Tensor | None, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors
+    total, _, _, gate, scale, _ = saved
     dx, dbranch, dgate, dshift, dscale = _ada_norm_backward(
-        dsum if ctx.has_branch else None, torch.zeros_like(total) if dy is None else dy, *saved, lens, ctx.eps
+        dsum if ctx.has_branch else None, torch.zeros_like(total) if dy is None else dy, *saved
     )
     if gate is None:
         dbranch, dgate = (dx if ctx.has_branch else None), None
@@ -208,14 +217,14 @@ def _backward(ctx: Any, dsum: Tensor | None, dy: Tensor | None) -> tuple[Tensor 
 
 
 _ada_norm_backward = define(
-    "ada_norm_backward(Tensor? dsum, Tensor dy, Tensor sum, Tensor? branch, Tensor? gate, Tensor? scale, "
-    "Tensor lens, float eps) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "ada_norm_backward(Tensor? dsum, Tensor dy, Tensor sum, Tensor moments, Tensor? branch, Tensor? gate, "
+    "Tensor? scale, Tensor lens) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference=_backward_reference,
     fake=_backward_fake,
 )
 _ada_norm = define(
     "ada_norm(Tensor x, Tensor? branch, Tensor? gate, Tensor? shift, Tensor? scale, Tensor lens, float eps)"
-    " -> (Tensor, Tensor)",
+    " -> (Tensor, Tensor, Tensor)",
     reference=_reference,
     fake=_fake,
     setup_context=_save,

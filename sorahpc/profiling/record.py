@@ -213,6 +213,8 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
         torch.cuda.synchronize()
         del out
         return torch.cuda.max_memory_allocated() - before
+    # Kineto says on stderr when it begins and ends. Where there is no GPU it has no error to tell either.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     with torch.profiler.profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         out = call()
         del out

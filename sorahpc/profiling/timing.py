@@ -128,17 +128,21 @@ def threads_of(device: torch.device) -> int:
     return torch.get_num_threads() if device.type == "cpu" else 0
 
 
-def copy_limit(device: torch.device, repeats: int) -> tuple[float, str]:
-    """Bytes a second, read and written, of the fastest copy of this device, and which it was."""
+def copies(device: torch.device) -> dict[str, Callable[[], object]]:
+    """The fastest copies that this device may have, of COPY_BYTES each."""
     source = torch.zeros(COPY_BYTES // 4, device=device)
     target = torch.zeros_like(source)
     calls: dict[str, Callable[[], object]] = {"memcpy": lambda: target.copy_(source)}
     if device.type == "cpu":
         calls["non-temporal copy"] = lambda: stream_copy(source)
-    times = interleaved_times(calls, device, repeats)
-    medians = {name: statistics.median(values) for name, values in times.items()}
+    return calls
+
+
+def copy_limit(times: Mapping[str, Sequence[float]]) -> tuple[float, str]:
+    """Bytes a second, read and written, of the fastest of the `copies` that were timed, and which it was."""
+    medians = {name: statistics.median(times[name]) for name in ("memcpy", "non-temporal copy") if name in times}
     best = min(medians, key=lambda name: medians[name])
-    return 2 * source.nbytes / medians[best], best
+    return 2 * COPY_BYTES / medians[best], best
 
 
 def matmul_limit(device: torch.device, dtype: torch.dtype, repeats: int) -> float:
@@ -151,7 +155,7 @@ def matmul_limit(device: torch.device, dtype: torch.dtype, repeats: int) -> floa
 
 def ceilings(device: torch.device, repeats: int) -> Iterator[Ceiling]:
     threads = threads_of(device)
-    copy, how = copy_limit(device, repeats)
+    copy, how = copy_limit(interleaved_times(copies(device), device, repeats))
     yield Ceiling("copy", "any", threads, round(copy / 1e9, 2), f"{how}, {COPY_BYTES >> 20} MB")
     n = MATMUL_SIZE[device.type]
     for dtype in (torch.float32, torch.bfloat16):
@@ -192,11 +196,12 @@ def measure(cases: Iterable[Case], device: torch.device, repeats: int) -> Iterat
     for case in cases:
         torch._dynamo.reset()  # what is compiled knows the number of threads, and there is a limit to how often
         check(case)
-        limit, _ = copy_limit(device, max(3, repeats // 2))  # beside each case: a shared machine's speed drifts
-        times = interleaved_times(case.calls, device, repeats)
-        medians = {candidate: statistics.median(values) for candidate, values in times.items()}
-        for candidate, values in times.items():
-            median = medians[candidate]
+        # The copies take their turns with the candidates: a shared machine's speed drifts within seconds.
+        times = interleaved_times({**case.calls, **copies(device)}, device, repeats)
+        limit, _ = copy_limit(times)
+        medians = {candidate: statistics.median(times[candidate]) for candidate in case.calls}
+        for candidate, median in medians.items():
+            values = times[candidate]
             yield Row(
                 date=now,
                 device=name,
