@@ -3,6 +3,7 @@
 # make slow     the slow tests
 # make sanitize the op tests on kernels built with AddressSanitizer and UBSan
 # make emulate  the same on the CUDA kernels, which then run on the CPU: no GPU needed
+# make gpu-sanitize  on a GPU: its op tests under compute-sanitizer, memcheck and racecheck
 # make lint     ruff and mypy; `make format` rewrites what ruff asks for
 # make bench    every benchmarks/bench_*.py
 # make build    only the environment and the kernels; every target above does this first, and again only what changed
@@ -28,7 +29,7 @@ NVCC := nvidia-cuda-nvcc==13.0.88 nvidia-nvvm==13.0.88 nvidia-cuda-crt==13.0.88 
 # One thread a process: tests start several, and idle OpenMP threads cost more than they bring on a small machine.
 PYTEST := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest
 
-.PHONY: build demo test slow sanitize emulate nvcc lint format bench clean FORCE
+.PHONY: build demo test slow sanitize emulate gpu-sanitize nvcc lint format bench clean FORCE
 
 build: $(VENV)/.built
 
@@ -43,7 +44,7 @@ slow: build
 
 # The op tests on a copy of the package beside its own build of the kernels, with sanitizers. Python itself leaks and is
 # not sanitized: the sanitizers' libraries come first by LD_PRELOAD, leaks are not looked for, and what torch allocates is
-# seen all the same. $(1): the copy's folder; $(2): what setup.py is told besides.
+# seen all the same. $(1): the copy's folder; $(2): what setup.py is told besides; $(3): what pytest is.
 define sanitized
 @rm -rf build/$(1) && mkdir -p build/$(1)
 @cp -r sorahpc build/$(1)/ && rm -f build/$(1)/sorahpc/*.so
@@ -52,14 +53,21 @@ define sanitized
 @cd build/$(1) && LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
   ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=. OMP_NUM_THREADS=2 $(2) \
   $(abspath $(BIN))/python -m pytest -c ../../pyproject.toml --rootdir ../.. -p no:cacheprovider -q \
-  ../../tests/test_ops_*.py $(ARGS)
+  ../../tests/test_ops_*.py $(3) $(ARGS)
 endef
 
 sanitize: build
 	$(call sanitized,sanitize,)
 
+# The levels are the CPU kernels', which have no part in it.
 emulate: build
-	$(call sanitized,emulate,SORAHPC_EMULATE=1)
+	$(call sanitized,emulate,SORAHPC_EMULATE=1,-k "not level")
+
+# On a GPU, under NVIDIA's own. torch then allocates each tensor by itself, so that its ends are seen.
+gpu-sanitize: build
+	@command -v compute-sanitizer >/dev/null || { echo "make: no compute-sanitizer: it comes with the CUDA toolkit" >&2; exit 1; }
+	@for tool in memcheck racecheck; do PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool \
+	  --error-exitcode 1 $(BIN)/python -m pytest -q -m "gpu and not slow" tests/test_ops_*.py $(ARGS); done
 
 nvcc: build/nvcc/.built
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from sorahpc import ops
 
 LEVELS = ("v4bf16", "v4", "v3", "base")
+EMULATED = os.environ.get("SORAHPC_EMULATE") == "1"  # `make emulate`: the CPU's bodies are CUDA's kernels
 
 
 def run_at_level(level: str, script: str) -> str:

@@ -198,6 +198,30 @@ def test_streams_and_neighbours_are_not_correlated() -> None:
         assert abs((square[lag:] * square[:-lag]).mean() / 2) < most, lag
 
 
+@pytest.mark.slow
+def test_places_beyond_two_to_the_31_elements() -> None:
+    """13 GB: noise of a sample's far elements, where they belong, and the sample behind it as it is alone."""
+    H, W, id = 8192, 16_400, 5
+    grids, size = torch.tensor([(1, H, W), (2, 3, 4)]), 4 * 2 * H * 2 * W
+    assert size > 2**31
+    latents, t, ids = (
+        torch.zeros(size + 384, dtype=torch.bfloat16),
+        torch.tensor([1.0, 0.3]),
+        torch.tensor([[id, 0], [7, 2]]),
+    )
+    latents[size:] = torch.randn(384, generator=torch.Generator().manual_seed(0)).bfloat16()
+    tokens, eps = ops.flow_patchify(latents, t, ids, grids, 4, (1, 2, 2), seed=3, target="eps")
+    block = torch.randint((size - 2**29) // 4, size // 4, (1000,), generator=torch.Generator().manual_seed(1))
+    words = MODULE._philox([block, *(torch.full_like(block, k) for k in (0, id, 0))], (3, 0x80000000))
+    expected = torch.stack((*MODULE._normals(*words[:2]), *MODULE._normals(*words[2:])), 1)
+    at = 4 * block[:, None] + torch.arange(4)
+    c, y, x = at // (4 * H * W), at // (2 * W) % (2 * H), at % (2 * W)
+    for found in (tokens, eps):
+        assert torch.equal(found[y // 2 * W + x // 2, c * 4 + y % 2 * 2 + x % 2], expected.bfloat16())
+    alone = ops.flow_patchify(latents[size:], t[1:], ids[1:], grids[1:], 4, (1, 2, 2), seed=3, target="eps")
+    assert torch.equal(tokens[H * W :], alone[0]) and torch.equal(eps[H * W :], alone[1])
+
+
 @devices
 def test_ten_thousand_samples(device: str) -> None:
     pack = [(1, 1 + i % 3, 1 + i % 2) for i in range(10_000)]

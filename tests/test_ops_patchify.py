@@ -240,6 +240,27 @@ def test_inputs_that_are_not_contiguous_are_taken(device: str) -> None:
     assert torch.equal(ops.patchify(latents, columns, 2, (1, 2, 2)), tokens)
 
 
+@pytest.mark.slow
+def test_places_beyond_two_to_the_31_elements() -> None:
+    """10 GB: zeros with a thousand ones, most of them beyond, and behind them a sample that comes out as alone."""
+    H, W, few = 8192, 20_000, torch.randn(4, 2, 6, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    grids, size = grids_of([(1, H, W), (2, 3, 4)]), 4 * 2 * H * 2 * W
+    assert size > 2**31
+    latents = torch.zeros(size + few.numel(), dtype=torch.bfloat16)
+    latents[size:] = few.flatten()
+    ones = torch.randint(size - 2**29, size, (1000,), generator=torch.Generator().manual_seed(1)).unique()
+    latents[ones] = 1
+    tokens = ops.patchify(latents, grids, 4, (1, 2, 2))
+    c, y, x = ones // (4 * H * W), ones // (2 * W) % (2 * H), ones % (2 * W)
+    assert bool((tokens[y // 2 * W + x // 2, c * 4 + y % 2 * 2 + x % 2] == 1).all())
+    assert int(tokens[: H * W].count_nonzero()) == len(ones)
+    assert torch.equal(tokens[H * W :], ops.patchify(few.flatten(), grids[1:], 4, (1, 2, 2)))
+    del latents
+    back = ops.unpatchify(tokens, grids, 4, (1, 2, 2))
+    assert torch.equal(back[size:], few.flatten())
+    assert bool((back[ones] == 1).all()) and int(back[:size].count_nonzero()) == len(ones)
+
+
 def test_the_result_is_new_memory_even_where_nothing_moves() -> None:
     latents, grids = make([(1, 1, 3)], 1, (1, 1, 1), torch.float32)
     for context in (ops.use_reference, None):

@@ -24,7 +24,7 @@ __device__ void sin_cos(double angle, float* s, float* c) {
 
 template <typename T>
 __global__ void __launch_bounds__(THREADS)
-    add_sincos3d(const __grid_constant__ Sincos3d op, const __grid_constant__ Pack pack) {
+    sincos3d(const __grid_constant__ Sincos3d op, const __grid_constant__ Pack pack) {
   const int column = blockIdx.y * THREADS + threadIdx.x;
   if (column >= 3 * op.half) return;
   const int axis = column / op.half, i = column % op.half;
@@ -39,10 +39,15 @@ __global__ void __launch_bounds__(THREADS)
       const int at = axis == 0 ? walk.t : axis == 1 ? walk.h : walk.w;
       if (at != now) sin_cos(double(at) * frequency, &sine, &cosine);
       now = at;
-      const T* x = reinterpret_cast<const T*>(op.x) + token * op.x_stride + 2 * axis * op.half + i;
-      T* out = reinterpret_cast<T*>(op.out) + token * 6 * op.half + 2 * axis * op.half + i;
-      put(out, to_float(x[0]) + sine);
-      put(out + op.half, to_float(x[op.half]) + cosine);
+      const int64_t place = 2 * axis * op.half + i;
+      T* out = reinterpret_cast<T*>(op.out) + token * 6 * op.half + place;
+      float a = 0, b = 0;
+      if (op.x != nullptr) {
+        const T* x = reinterpret_cast<const T*>(op.x) + token * op.x_stride + place;
+        a = to_float(x[0]), b = to_float(x[op.half]);
+      }
+      put(out, a + sine);
+      put(out + op.half, b + cosine);
     }
   }
 }
@@ -63,17 +68,17 @@ __global__ void __launch_bounds__(THREADS)
 
 }  // namespace
 
-extern "C" int sorahpc_add_sincos3d_cuda(const Sincos3d* op, const Sample* samples, int64_t num_samples,
-                                         const Sample* on_device, void* stream) {
+extern "C" int sorahpc_sincos3d_cuda(const Sincos3d* op, const Sample* samples, int64_t num_samples,
+                                     const Sample* on_device, void* stream) {
   const Pack pack(samples, num_samples, on_device);
   const int64_t chunks = (op->num_tokens + CHUNK - 1) / CHUNK;
   const dim3 grid(unsigned(chunks < (1 << 30) ? chunks : 1 << 30), (3 * op->half + THREADS - 1) / THREADS);
   const auto on = static_cast<cudaStream_t>(stream);
   if (grid.y > 65535) return int(cudaErrorInvalidValue);
   switch (op->dtype) {
-    case sorahpc::Dtype::f16: add_sincos3d<__half><<<grid, THREADS, 0, on>>>(*op, pack); break;
-    case sorahpc::Dtype::bf16: add_sincos3d<__nv_bfloat16><<<grid, THREADS, 0, on>>>(*op, pack); break;
-    case sorahpc::Dtype::f32: add_sincos3d<float><<<grid, THREADS, 0, on>>>(*op, pack); break;
+    case sorahpc::Dtype::f16: sincos3d<__half><<<grid, THREADS, 0, on>>>(*op, pack); break;
+    case sorahpc::Dtype::bf16: sincos3d<__nv_bfloat16><<<grid, THREADS, 0, on>>>(*op, pack); break;
+    case sorahpc::Dtype::f32: sincos3d<float><<<grid, THREADS, 0, on>>>(*op, pack); break;
     default: return int(cudaErrorInvalidValue);
   }
   return int(cudaGetLastError());

@@ -5,8 +5,8 @@ namespace sorahpc {
 namespace {
 
 #ifdef SORAHPC_CUDA
-extern "C" int sorahpc_add_sincos3d_cuda(const Sincos3d* op, const Sample* samples, int64_t num_samples,
-                                         const Sample* on_device, void* stream);
+extern "C" int sorahpc_sincos3d_cuda(const Sincos3d* op, const Sample* samples, int64_t num_samples,
+                                     const Sample* on_device, void* stream);
 extern "C" int sorahpc_timesteps_cuda(const float* t, float* out, int64_t num_t, int64_t half, double scale,
                                       double max_period, void* stream);
 #endif
@@ -40,36 +40,36 @@ Sincos3d params(int64_t dim, double theta, int64_t first, int64_t length, Dtype 
   return op;
 }
 
-Tensor sincos3d(const Tensor& grids, int64_t dim, double theta, int64_t first, int64_t length) {
-  Sincos3d op = params(dim, theta, first, length, Dtype::f32);
-  const Samples samples = Samples::of_grids(grids, first + length, true);
-  Tensor out = torch::stable::new_empty(grids, {length, dim}, ScalarType::Float);
-  if (length == 0) return out;
+// op's tokens, into new memory beside `like`; op.x is what they are added to, or null.
+Tensor embed(Sincos3d& op, const Tensor& like, const Tensor& grids) {
+  Samples samples = Samples::of_grids(grids, op.first + op.num_tokens, true);
+  Tensor out = torch::stable::new_empty(like, {op.num_tokens, int64_t(6) * op.half});
+  if (op.num_tokens == 0) return out;
   op.out = out_data(out);
-  on_cpu<float>(op, samples);
+  if (runs_on_cpu(like)) {
+    op.dtype == Dtype::f64 ? on_cpu<double>(op, samples) : on_cpu<float>(op, samples);
+    return out;
+  }
+#ifdef SORAHPC_CUDA
+  STD_TORCH_CHECK(op.dtype != Dtype::f64, "sincos3d: float64 is for CPU");
+  const OnDevice on(like);
+  const int error = sorahpc_sincos3d_cuda(&op, samples.host(), samples.size(), samples.device(like), on.stream);
+  STD_TORCH_CHECK(error == 0, "sincos3d: CUDA error ", error, " at launch");
+#endif
   return out;
+}
+
+Tensor sincos3d(const Tensor& like, const Tensor& grids, int64_t dim, double theta, int64_t first, int64_t length) {
+  Sincos3d op = params(dim, theta, first, length, dtype_of(like));
+  return embed(op, like, grids);
 }
 
 Tensor add_sincos3d(const Tensor& x, const Tensor& grids, double theta, int64_t first) {
   STD_TORCH_CHECK(x.dim() == 2, "x: expected [L, dim]");
   Sincos3d op = params(x.size(1), theta, first, x.size(0), dtype_of(x));
-  Samples samples = Samples::of_grids(grids, first + x.size(0), true);
   const Tensor in = x.stride(1) == 1 ? x : torch::stable::contiguous(x);
-  Tensor out = torch::stable::new_empty(in, {x.size(0), x.size(1)});
-  if (op.num_tokens == 0) return out;
-  op.x = data(in), op.x_stride = in.stride(0), op.out = out_data(out);
-  if (runs_on_cpu(in)) {
-    op.dtype == Dtype::f64 ? on_cpu<double>(op, samples) : on_cpu<float>(op, samples);
-    return out;
-  }
-#ifdef SORAHPC_CUDA
-  STD_TORCH_CHECK(op.dtype != Dtype::f64, "add_sincos3d: float64 is for CPU");
-  const OnDevice on(in);
-  const int error = sorahpc_add_sincos3d_cuda(&op, samples.host(), samples.size(), samples.device(in),
-                                              on.stream);
-  STD_TORCH_CHECK(error == 0, "add_sincos3d: CUDA error ", error, " at launch");
-#endif
-  return out;
+  op.x = data(in), op.x_stride = in.stride(0);
+  return embed(op, in, grids);
 }
 
 Tensor timestep_embedding(const Tensor& t, int64_t dim, double scale, double max_period) {
@@ -104,7 +104,7 @@ Tensor timestep_embedding(const Tensor& t, int64_t dim, double scale, double max
 }
 
 const Schema schemas[] = {
-    Schema("sincos3d(Tensor grids, int dim, float theta, int first, int length) -> Tensor"),
+    Schema("sincos3d(Tensor like, Tensor grids, int dim, float theta, int first, int length) -> Tensor"),
     Schema("add_sincos3d(Tensor x, Tensor grids, float theta, int first) -> Tensor"),
     Schema("timestep_embedding(Tensor t, int dim, float scale, float max_period) -> Tensor")};
 
@@ -119,6 +119,7 @@ STABLE_TORCH_LIBRARY_IMPL(sorahpc, CPU, m) {
 
 #ifdef SORAHPC_CUDA
 STABLE_TORCH_LIBRARY_IMPL(sorahpc, CUDA, m) {
+  m.impl("sincos3d", TORCH_BOX(&sorahpc::sincos3d));
   m.impl("add_sincos3d", TORCH_BOX(&sorahpc::add_sincos3d));
   m.impl("timestep_embedding", TORCH_BOX(&sorahpc::timestep_embedding));
 }

@@ -13,7 +13,14 @@ from sorahpc.ops.pack import DTYPES, check_grids, positions3d
 
 
 def sincos3d(
-    grids: Tensor, dim: int, theta: float = 1e4, *, first: int | None = None, length: int | None = None
+    grids: Tensor,
+    dim: int,
+    theta: float = 1e4,
+    *,
+    first: int | None = None,
+    length: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
 ) -> Tensor:
     """Absolute 3D sinusoidal embedding of a pack (Vaswani et al. 2017, section 3.5, a third of the dims an axis).
 
@@ -22,13 +29,16 @@ def sincos3d(
         dim: a multiple of 6; each axis gets dim/3 as (sin half, cos half).
         theta: base of the frequencies; angles are computed in float64.
         first, length: of the tokens [first, first + length) of the pack alone; None: from its start, to its end.
+        dtype, device: of the result; float16, bfloat16, float32, or float64 on the CPU.
 
     Returns:
-        float32 [L, dim] on the CPU.
+        [L, dim], computed in float32 (float64 for float64).
 
     Raises:
         ValueError: what does not fit.
     """
+    like = torch.empty(0, dtype=dtype, device=device)
+    _check_dtype("sincos3d", "the result", like)
     _check_numbers("sincos3d", dim, theta, first)
     if length is None:
         check_grids("sincos3d", grids, 0, 0)
@@ -36,7 +46,7 @@ def sincos3d(
     elif length < 0:
         raise ValueError(f"sincos3d: length {length}, expected at least 0")
     check_grids("sincos3d", grids, length, first or 0)
-    out: Tensor = _sincos3d(grids, dim, float(theta), first or 0, length)
+    out: Tensor = _sincos3d(like, grids, dim, float(theta), first or 0, length)
     return out
 
 
@@ -56,10 +66,7 @@ def add_sincos3d(x: Tensor, grids: Tensor, theta: float = 1e4, *, first: int | N
             RuntimeError.
     """
     op = "add_sincos3d"
-    if x.dtype not in DTYPES:
-        raise ValueError(f"{op}: x is {x.dtype}, expected one of {', '.join(map(str, DTYPES))}")
-    if x.dtype is torch.float64 and x.device.type != "cpu":
-        raise ValueError(f"{op}: x is float64 on {x.device}, which is for the CPU alone")
+    _check_dtype(op, "x", x)
     if x.dim() != 2:
         raise ValueError(f"{op}: x has shape {tuple(x.shape)}, expected [L, dim]")
     _check_numbers(op, x.shape[1], theta, first)
@@ -95,6 +102,13 @@ def timestep_embedding(t: Tensor, dim: int, *, scale: float = 1000.0, max_period
     return out
 
 
+def _check_dtype(op: str, name: str, x: Tensor) -> None:
+    if x.dtype not in DTYPES:
+        raise ValueError(f"{op}: {name} is {x.dtype}, expected one of {', '.join(map(str, DTYPES))}")
+    if x.dtype is torch.float64 and x.device.type != "cpu":
+        raise ValueError(f"{op}: {name} is float64 on {x.device}, which is for the CPU alone")
+
+
 def _check_numbers(op: str, dim: int, theta: float, first: int | None) -> None:
     if dim < 6 or dim % 6:
         raise ValueError(f"{op}: dim must be a multiple of 6, not {dim}")
@@ -119,8 +133,9 @@ def _embedding(grids: Tensor, dim: int, theta: float, first: int, length: int) -
     return torch.cat((angles.sin(), angles.cos()), dim=-1).flatten(1)
 
 
-def _sincos3d_reference(grids: Tensor, dim: int, theta: float, first: int, length: int) -> Tensor:
-    return _embedding(grids, dim, theta, first, length).float()
+def _sincos3d_reference(like: Tensor, grids: Tensor, dim: int, theta: float, first: int, length: int) -> Tensor:
+    exact = _embedding(grids, dim, theta, first, length)
+    return (exact if like.dtype is torch.float64 else exact.float()).to(like.device, like.dtype)
 
 
 def _add_sincos3d_reference(x: Tensor, grids: Tensor, theta: float, first: int) -> Tensor:
@@ -169,9 +184,9 @@ def _timestep_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _sincos3d = define(
-    "sincos3d(Tensor grids, int dim, float theta, int first, int length) -> Tensor",
+    "sincos3d(Tensor like, Tensor grids, int dim, float theta, int first, int length) -> Tensor",
     reference=_sincos3d_reference,
-    fake=lambda grids, dim, theta, first, length: grids.new_empty((length, dim), dtype=torch.float32),
+    fake=lambda like, grids, dim, theta, first, length: like.new_empty((length, dim)),
 )
 _add_sincos3d = define(
     "add_sincos3d(Tensor x, Tensor grids, float theta, int first) -> Tensor",

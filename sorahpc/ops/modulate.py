@@ -122,8 +122,9 @@ def _reference(
     if scale is not None and shift is not None:
         y = y * (1 + _over_tokens(scale, lens, y)) + _over_tokens(shift, lens, y)
     with torch.no_grad():
-        variance, mean = torch.var_mean(total, -1, correction=0)
-        moments = torch.stack((mean, torch.rsqrt(variance + eps)), -1)
+        mean = total.mean(-1, keepdim=True)
+        variance = (total - mean).square().mean(-1, keepdim=True)
+        moments = torch.cat((mean, torch.rsqrt(variance + eps)), -1)
     return summed, y.to(x.dtype).contiguous(), moments
 
 
@@ -198,9 +199,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
     ctx.set_materialize_grads(False)  # no zeros for a sum that nobody reads, as of the last block
     ctx.has_branch = branch is not None
     # Of branch's gradient only a gate needs the branch.
-    ctx.save_for_backward(
-        total if ctx.has_branch else x, moments, None if gate is None else branch, gate, scale, lens
-    )
+    ctx.save_for_backward(total if ctx.has_branch else x, moments, None if gate is None else branch, gate, scale, lens)
 
 
 def _backward(ctx: Any, dsum: Tensor | None, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:

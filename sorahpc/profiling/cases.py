@@ -317,7 +317,7 @@ def sincos_case(num_tokens: int, heads: int, dtype: torch.dtype, device: torch.d
     length, dim = int(grids.prod(-1).sum()), heads * sum(AXES)
     x = torch.randn(length, dim, generator=torch.Generator(device).manual_seed(0), device=device).to(dtype)
     positions = positions3d(grids).to(device)
-    table = sincos3d(grids, dim).to(device)
+    table = sincos3d(grids, dim, device=device)
 
     def by_angles(x: Tensor) -> Tensor:
         half = dim // 6

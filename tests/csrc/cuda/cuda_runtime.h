@@ -6,8 +6,6 @@
 // that depend on it tell of a missing barrier. Not emulated: speed, and memory that is written by several blocks at once.
 #pragma once
 
-#include <ucontext.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -61,8 +59,21 @@ constexpr int MAX_SHARED_BYTES = 227 << 10;  // an H100's
   std::abort();
 }
 
+#if !defined(__x86_64__)
+#error "the emulated kernels switch stacks by instructions of x86-64"
+#endif
+
+// Goes on where `to` was left, and keeps in `from` where this is left. swapcontext does the same in a microsecond, for the
+// signals' sake, and a test comes here ten million times.
+__attribute__((naked, noinline)) inline void switch_stack(void** from, void** to) {
+  asm("pushq %rbp\n pushq %rbx\n pushq %r12\n pushq %r13\n pushq %r14\n pushq %r15\n"
+      "movq %rsp, (%rdi)\n movq (%rsi), %rsp\n"
+      "popq %r15\n popq %r14\n popq %r13\n popq %r12\n popq %rbx\n popq %rbp\n"
+      "ret");
+}
+
 struct Fiber {
-  ucontext_t context;
+  void* left_at = nullptr;
   std::unique_ptr<char[]> stack{new char[STACK_BYTES]};
   void* fake_stack = nullptr;  // AddressSanitizer's
   unsigned thread = 0;
@@ -79,7 +90,7 @@ struct Block {
   std::vector<long> shuffles;   // of each warp, that all its lanes have come to
   long barriers = 0;
   std::unique_ptr<char[]> shared;
-  ucontext_t scheduler;
+  void* scheduler = nullptr;
   void* scheduler_fake = nullptr;
   const void* scheduler_stack = nullptr;
   size_t scheduler_bytes = 0;
@@ -110,14 +121,14 @@ inline void resume(Fiber& fiber) {
   block.now = &fiber;
   block.threadIdx = dim3(fiber.thread, 0, 0);
   leave(&block.scheduler_fake, fiber.stack.get(), STACK_BYTES);
-  swapcontext(&block.scheduler, &fiber.context);
+  switch_stack(&block.scheduler, &fiber.left_at);
   arrive(block.scheduler_fake, nullptr, nullptr);
 }
 
 inline void yield() {
   Fiber& fiber = *block.now;
   leave(fiber.done ? nullptr : &fiber.fake_stack, block.scheduler_stack, block.scheduler_bytes);
-  swapcontext(&fiber.context, &block.scheduler);
+  switch_stack(&fiber.left_at, &block.scheduler);
   arrive(fiber.fake_stack, &block.scheduler_stack, &block.scheduler_bytes);
 }
 
@@ -148,10 +159,10 @@ inline void launch_block(const std::vector<unsigned>& order) {
   for (unsigned i = 0; i < block.num_threads; ++i) {
     Fiber& fiber = block.fibers[i];
     fiber.thread = i, fiber.done = false, fiber.barriers = fiber.shuffles = 0, fiber.fake_stack = nullptr;
-    getcontext(&fiber.context);
-    fiber.context.uc_stack = {fiber.stack.get(), 0, STACK_BYTES};
-    fiber.context.uc_link = nullptr;
-    makecontext(&fiber.context, run_thread, 0);
+    // As if it had been left at the beginning of run_thread: six registers, and where to go.
+    void** const top = reinterpret_cast<void**>(reinterpret_cast<uintptr_t>(fiber.stack.get() + STACK_BYTES) / 16 * 16);
+    top[-2] = reinterpret_cast<void*>(&run_thread);
+    fiber.left_at = top - 8;
   }
   for (unsigned left = block.num_threads, stuck = 0; left > 0;) {
     long before = 0, after = 0;
@@ -225,8 +236,9 @@ inline float __shfl_xor_sync(unsigned mask, float x, int lane_mask) {
   float* const given = block.shuffled.data() + block.now->shuffles % 2 * block.num_threads;
   given[thread] = x;
   emulated::wait(&emulated::Fiber::shuffles, warp, warp + emulated::WARP, block.shuffles[warp / emulated::WARP]);
-  if (block.fibers[thread ^ unsigned(lane_mask)].done) emulated::fail("a shuffle with a thread that has ended");
-  return given[thread ^ unsigned(lane_mask)];
+  const unsigned other = thread ^ unsigned(lane_mask);
+  if (block.fibers[other].shuffles < block.now->shuffles) emulated::fail("a shuffle with a thread that has ended");
+  return given[other];
 }
 
 template <typename T>
