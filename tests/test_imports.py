@@ -31,6 +31,11 @@ ONE_PLACE = {
     "diffusers": "sorahpc/models/vae.py",
     "transformers": "sorahpc/models/text.py",
     "sorahpc._C": "sorahpc/ops/_library.py",
+    "transformer_engine": "sorahpc/profiling/peers.py",
+    "apex": "sorahpc/profiling/peers.py",
+    "fused_rotary_positional_embedding": "sorahpc/profiling/peers.py",
+    "liger_kernel": "sorahpc/profiling/peers.py",
+    "flash_attn": "sorahpc/profiling/peers.py",
 }
 NO_TORCH = [
     m for m in MODULES if m.relative_to(ROOT / "sorahpc").parts[0].removesuffix(".py") in FLOORS[0] | {"cluster", "cli"}

@@ -6,6 +6,8 @@ ours, and the formulas that people train with, eager and through torch.compile, 
     real     q cos + rot(q) sin with full-width tables, as in diffusers' Hunyuan
     complex  pairs as complex numbers, as in Wan's and Llama's reference code (in complex64; Wan's own uses complex128)
     split    even and odd elements apart, as in diffusers' Wan
+
+and, on a CUDA device, the kernels of other libraries that are installed (`peers`).
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from sorahpc.ops.modulate import residual_norm
 from sorahpc.ops.pack import positions3d
 from sorahpc.ops.patchify import patchify, unpatchify
 from sorahpc.ops.rope import qk_norm_rope3d, rope3d
+from sorahpc.profiling.peers import rope_peers
 
 AXES, THETA = (44, 42, 42), 1e4
 OURS = "sorahpc"
@@ -130,6 +133,8 @@ def rope_case(num_tokens: int, heads: int, dtype: torch.dtype, device: torch.dev
         calls[f"eager {name}"] = partial(both, q, k, *tables)
         if name != "complex":  # inductor leaves complex numbers to eager
             calls[f"compile {name}"] = partial(torch.compile(both, dynamic=False), q, k, *tables)
+    peers = rope_peers(q, k, _angles(grids, device)) if device.type == "cuda" else {}
+    calls |= {name: call for name, (call, _) in peers.items()}
     return Case(
         name="K1 rope3d forward",
         dtype=dtype,
@@ -138,6 +143,7 @@ def rope_case(num_tokens: int, heads: int, dtype: torch.dtype, device: torch.dev
         flops=3 * 2 * q.numel(),  # of a pair four products and two sums
         calls=calls,
         tolerance=2e-2 if dtype.itemsize == 2 else 1e-5,
+        results={name: result for name, (_, result) in peers.items()},
     )
 
 
