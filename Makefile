@@ -53,7 +53,7 @@ define sanitized
 @cd build/$(1) && LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
   ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=. OMP_NUM_THREADS=2 $(2) \
   $(abspath $(BIN))/python -m pytest -c ../../pyproject.toml --rootdir ../.. -p no:cacheprovider -q \
-  ../../tests/test_ops_*.py $(3) $(ARGS)
+  -m "not slow" ../../tests/test_ops_*.py $(3) $(ARGS)
 endef
 
 sanitize: build

@@ -184,7 +184,7 @@ def _timestep_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _sincos3d = define(
-    "sincos3d(Tensor like, Tensor grids, int dim, float theta, int first, int length) -> Tensor",
+    "sincos3d(Tensor like, Tensor grids, int dim, float theta, int first, SymInt length) -> Tensor",
     reference=_sincos3d_reference,
     fake=lambda like, grids, dim, theta, first, length: like.new_empty((length, dim)),
 )
