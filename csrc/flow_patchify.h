@@ -57,32 +57,20 @@ SORAHPC_HD int64_t sample_of_slot(const Sample* samples, int64_t num_samples, in
   return low;
 }
 
-// CUDA: a walk over a sample's latent, pixel by pixel from element e on. What fits into 32 bits is divided in them,
-// several times as fast; only a latent of one row can have more.
+// CUDA: a walk over a sample's latent, pixel by pixel from element e on.
 struct PixelWalk {
   int64_t grid_H, grid_W, width, height, frames;
-  uint32_t pt, ph, pw;
   int64_t w, h, t, channel;
 
   SORAHPC_HD PixelWalk(const Patchify& p, const Sample& s, int64_t e)
-      : grid_H(s.H), grid_W(s.W), width(s.W * p.pw), height(s.H * p.ph), frames(s.T * p.pt), pt(uint32_t(p.pt)),
-        ph(uint32_t(p.ph)), pw(uint32_t(p.pw)) {
-    w = e % width;
-    e /= width;
-    h = e % height;
-    e /= height;
-    t = e % frames, channel = e / frames;
-  }
-
-  static SORAHPC_HD int64_t quotient(int64_t x, uint32_t y) {
-    return x <= 0xffffffffll ? int64_t(uint32_t(x) / y) : x / y;
-  }
+      : grid_H(s.H), grid_W(s.W), width(s.W * p.pw), height(s.H * p.ph), frames(s.T * p.pt), w(take_digit(e, width)),
+        h(take_digit(e, height)), t(take_digit(e, frames)), channel(e) {}
 
   // Where it lies in the sample's tokens.
   SORAHPC_HD int64_t in_tokens(const Patchify& p) const {
-    const int64_t at_t = quotient(t, pt), at_h = quotient(h, ph), at_w = quotient(w, pw);
-    return ((at_t * grid_H + at_h) * grid_W + at_w) * p.token_size() +
-           p.in_token(channel, t - at_t * pt, h - at_h * ph, w - at_w * pw);
+    int64_t at_t = t, at_h = h, at_w = w;
+    const int64_t it = take_digit(at_t, p.pt), ih = take_digit(at_h, p.ph), iw = take_digit(at_w, p.pw);
+    return ((at_t * grid_H + at_h) * grid_W + at_w) * p.token_size() + p.in_token(channel, it, ih, iw);
   }
 
   SORAHPC_HD void next() {

@@ -14,6 +14,18 @@ namespace sorahpc {
 
 enum class Dtype : int { f16, bf16, f32, f64 };
 
+// x / y of a count x and a positive y; in 32 bits where both fit, which on a GPU takes a fraction of the time.
+SORAHPC_HD int64_t quotient(int64_t x, int64_t y) {
+  return uint64_t(x | y) >> 32 == 0 ? int64_t(uint32_t(x) / uint32_t(y)) : x / y;
+}
+
+// x % n, and x becomes x / n: the last digit of a number whose digits have places of their own.
+SORAHPC_HD int64_t take_digit(int64_t& x, int64_t n) {
+  const int64_t q = quotient(x, n), digit = x - q * n;
+  x = q;
+  return digit;
+}
+
 // Samples lie in a pack one after the other; a table of them ends with one more entry, whose first_token is the total.
 struct Sample {
   int64_t first_token;

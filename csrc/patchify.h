@@ -28,32 +28,19 @@ struct Patchify {
 
   // Where element i of a sample's tokens lies in its latent.
   SORAHPC_HD int64_t token_to_latent(int64_t T, int64_t H, int64_t W, int64_t i) const {
-    const int64_t token = i / token_size();
-    int64_t j = i % token_size();
-    int64_t c = 0;
-    if (channels_last) {
-      c = j % channels;
-      j /= channels;
-    }
-    const int64_t iw = j % pw;
-    j /= pw;
-    const int64_t ih = j % ph;
-    j /= ph;
-    const int64_t it = j % pt;
-    if (!channels_last) c = j / pt;
-    const int64_t t = token / (W * H), h = token / W % H, w = token % W;
+    int64_t t = i, j = take_digit(t, token_size()), c = 0;
+    if (channels_last) c = take_digit(j, channels);
+    const int64_t iw = take_digit(j, pw), ih = take_digit(j, ph), it = take_digit(j, pt);
+    if (!channels_last) c = j;
+    const int64_t w = take_digit(t, W), h = take_digit(t, H);
     return row_in_latent(T, H, W, c, t * pt + it, h * ph + ih) + w * pw + iw;
   }
 
   // Where element i of a sample's latent lies in its tokens: the inverse.
   SORAHPC_HD int64_t latent_to_token(int64_t T, int64_t H, int64_t W, int64_t i) const {
-    const int64_t w = i % (W * pw);
-    i /= W * pw;
-    const int64_t h = i % (H * ph);
-    i /= H * ph;
-    const int64_t t = i % (T * pt), c = i / (T * pt);
-    const int64_t token = (t / pt * H + h / ph) * W + w / pw;
-    return token * token_size() + in_token(c, t % pt, h % ph, w % pw);
+    int64_t c = i, w = take_digit(c, W * pw), h = take_digit(c, H * ph), t = take_digit(c, T * pt);
+    const int64_t iw = take_digit(w, pw), ih = take_digit(h, ph), it = take_digit(t, pt);
+    return ((t * H + h) * W + w) * token_size() + in_token(c, it, ih, iw);
   }
 };
 

@@ -14,14 +14,14 @@ constexpr int THREADS = 256;
 
 // An element is one Word here: the widest that divides a run of pw pixels, and op.pw counts words.
 template <typename Word, bool TO_TOKENS>
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, 3)  // 3: ptxas else spills on sm_100, for a block more
     patchify(const __grid_constant__ Patchify op, const __grid_constant__ Pack pack, const Word* __restrict__ src,
              Word* __restrict__ dst) {
   const Sample* samples = pack.samples();
   const int64_t P = op.token_size(), end = samples[pack.num_samples].first_token * P;
   const int64_t step = int64_t(gridDim.x) * blockDim.x;
   for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < end; i += step) {
-    const Sample s = samples[sorahpc::find_sample(samples, pack.num_samples, i / P)];
+    const Sample s = samples[sorahpc::find_sample(samples, pack.num_samples, sorahpc::quotient(i, P))];
     const int64_t base = s.first_token * P;
     const int64_t from =
         TO_TOKENS ? op.token_to_latent(s.T, s.H, s.W, i - base) : op.latent_to_token(s.T, s.H, s.W, i - base);

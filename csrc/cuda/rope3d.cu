@@ -91,13 +91,12 @@ __global__ void __launch_bounds__(THREADS, MODE == TURN ? 4 : MODE == NORM ? 3 :
   const int64_t end = MODE == NORM_BACKWARD ? min(begin + op.chunk, op.num_tokens) : op.num_tokens;
   for (int64_t first = begin; first < end; first += step) {
     const int tokens = int(min(int64_t(TOKENS), end - first));
-    __syncthreads();  // half_turns are written; the tile before is done with its angles
     if (threadIdx.x < tokens) {
       const sorahpc::Walk here(samples, pack.num_samples, op.first + first + threadIdx.x);
       const int at[] = {here.t, here.h, here.w};
       for (int a = 0; a < 3; ++a) position[threadIdx.x][a] = double(at[a]) * op.scale[a] + op.offset[a];
     }
-    __syncthreads();
+    __syncthreads();  // positions and half_turns are written; the tile before is done with its angles
     for (int i = threadIdx.x; i < tokens * pairs; i += THREADS) {
       const int t = i / pairs, pair = i % pairs;
       const int axis = pair < op.axis_end[0] ? 0 : pair < op.axis_end[1] ? 1 : 2;

@@ -2,8 +2,8 @@
 // headers, so that they can be tested where there is no GPU, and under AddressSanitizer and UBSan.
 //
 // A block's threads are fibers. Each runs until it waits for others, at a barrier or a shuffle, or ends; blocks follow one
-// another. Threads take turns in an order that SORAHPC_EMULATED_ORDER draws (a number; 0: as they are numbered): results
-// that depend on it tell of a missing barrier. Not emulated: speed, and memory that is written by several blocks at once.
+// another. Warps, and threads in a warp, take turns in an order that SORAHPC_EMULATED_ORDER draws (a number; 0: as they are
+// numbered): results that depend on it tell of a missing barrier. Not emulated: speed, and memory that is written by several blocks at once.
 #pragma once
 
 #include <algorithm>
@@ -164,19 +164,35 @@ inline void launch_block(const std::vector<unsigned>& order) {
     top[-2] = reinterpret_cast<void*>(&run_thread);
     fiber.left_at = top - 8;
   }
-  for (unsigned left = block.num_threads, stuck = 0; left > 0;) {
-    long before = 0, after = 0;
-    const auto progress = [](const Fiber& f) { return f.barriers + f.shuffles + (f.done ? 1 : 0); };
-    for (unsigned i : order) {
-      Fiber& fiber = block.fibers[i];
-      if (fiber.done) continue;
-      before += progress(fiber);
-      resume(fiber);
-      after += progress(fiber);
-      left -= fiber.done ? 1 : 0;
-    }
-    stuck = before == after ? stuck + 1 : 0;
-    if (stuck > 2) fail("threads wait for others that don't come");
+  // A warp goes as far as it can before the next has its turn: a barrier that is missing is then passed by a warp that is
+  // far ahead of others.
+  for (bool progress = true; progress;) {
+    progress = false;
+    for (unsigned i = 0; i < order.size(); i += WARP)
+      for (bool more = true; more; progress |= more) {
+        more = false;
+        for (unsigned j = i; j < std::min(i + WARP, unsigned(order.size())); ++j) {
+          Fiber& fiber = block.fibers[order[j]];
+          if (fiber.done) continue;
+          const long before = fiber.barriers + fiber.shuffles;
+          resume(fiber);
+          more |= fiber.done || fiber.barriers + fiber.shuffles != before;
+        }
+      }
+  }
+  for (unsigned i : order)
+    if (!block.fibers[i].done) fail("threads wait for others that don't come");
+}
+
+// Warps in another order, and the threads within each.
+inline void shuffle_warps(std::vector<unsigned>& order, std::mt19937& random) {
+  std::vector<unsigned> warps((order.size() + WARP - 1) / WARP);
+  std::iota(warps.begin(), warps.end(), 0u);
+  if (order.size() % WARP == 0) std::shuffle(warps.begin(), warps.end(), random);
+  for (size_t i = 0; i < warps.size(); ++i) {
+    const auto begin = order.begin() + i * WARP, end = std::min(begin + WARP, order.end());
+    std::iota(begin, end, warps[i] * WARP);
+    std::shuffle(begin, end, random);
   }
 }
 
@@ -208,7 +224,7 @@ void launch(const Launch& how, F call) {
         block.blockIdx = dim3(x, y, z);
         block.shared.reset(new char[how.shared_bytes]);  // its own size, so that AddressSanitizer sees its ends
         std::memset(block.shared.get(), 0xff, how.shared_bytes);  // NaN
-        if (text != nullptr && std::strcmp(text, "0") != 0) std::shuffle(order.begin(), order.end(), random);
+        if (text != nullptr && std::strcmp(text, "0") != 0) shuffle_warps(order, random);
         launch_block(order);
       }
 }
