@@ -117,8 +117,9 @@ bool turn_rows(const Patchify& p, bool to_tokens, int64_t num_rows, int64_t W, c
   return false;
 }
 
-// Rows that are whole lines of the cache, in blocks a line wide, so that each vector of a block is one. Whether it could:
-// with narrower vectors a block doesn't fit the registers, and takes four times as long as by way of the scratch memory.
+// Rows that are whole lines of the cache, in blocks a line wide, so that each vector of a block is one. Whether it
+// could: with narrower vectors a block doesn't fit the registers, and takes four times as long as by way of the scratch
+// memory.
 template <typename U>
 bool stream_lines(const Patchify& p, int64_t num_rows, int64_t W, const TokenRows& at) {
   if constexpr (VECTOR_BYTES == 64) {

@@ -50,8 +50,7 @@ bool streams(const AdaNorm& op, int64_t bytes, std::initializer_list<const char*
 void launch_cuda(const AdaNorm& op, bool backward, Samples& samples, const Tensor& like) {
   STD_TORCH_CHECK(op.dtype != Dtype::f64, "ada_norm: float64 is for CPU");
   const OnDevice on(like);
-  const int error = sorahpc_ada_norm_cuda(&op, backward, samples.host(), samples.device(like),
-                                          on.stream);
+  const int error = sorahpc_ada_norm_cuda(&op, backward, samples.host(), samples.device(like), on.stream);
   STD_TORCH_CHECK(error != -1, "ada_norm: rows of ", op.M, " numbers need more shared memory than this GPU has");
   STD_TORCH_CHECK(error == 0, "ada_norm: CUDA error ", error, " at launch");
 }

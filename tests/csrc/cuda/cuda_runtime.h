@@ -1,9 +1,10 @@
 // CUDA on the CPU, as much of it as csrc/cuda/ uses: `make emulate` compiles the kernels against this instead of NVIDIA's
 // headers, so that they can be tested where there is no GPU, and under AddressSanitizer and UBSan.
 //
-// A block's threads are fibers. Each runs until it waits for others, at a barrier or a shuffle, or ends; blocks follow one
-// another. Warps, and threads in a warp, take turns in an order that SORAHPC_EMULATED_ORDER draws (a number; 0: as they are
-// numbered): results that depend on it tell of a missing barrier. Not emulated: speed, and memory that is written by several blocks at once.
+// A block's threads are fibers. Each runs until it waits for others, at a barrier or a shuffle, or ends; blocks follow
+// one another. Warps, and threads in a warp, take turns in an order that SORAHPC_EMULATED_ORDER draws (a number; 0: as
+// they are numbered): results that depend on it tell of a missing barrier. Not emulated: speed, and memory that several
+// blocks write at once.
 #pragma once
 
 #include <algorithm>
@@ -33,7 +34,7 @@ struct dim3 {
   unsigned x, y, z;
   dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
-struct float2 {
+struct alignas(8) float2 {
   float x, y;
 };
 struct alignas(8) uint2 {
@@ -63,8 +64,8 @@ constexpr int MAX_SHARED_BYTES = 227 << 10;  // an H100's
 #error "the emulated kernels switch stacks by instructions of x86-64"
 #endif
 
-// Goes on where `to` was left, and keeps in `from` where this is left. swapcontext does the same in a microsecond, for the
-// signals' sake, and a test comes here ten million times.
+// Goes on where `to` was left, and keeps in `from` where this is left. swapcontext does the same in a microsecond, for
+// the signals' sake, and a test comes here ten million times.
 __attribute__((naked, noinline)) inline void switch_stack(void** from, void** to) {
   asm("pushq %rbp\n pushq %rbx\n pushq %r12\n pushq %r13\n pushq %r14\n pushq %r15\n"
       "movq %rsp, (%rdi)\n movq (%rsi), %rsp\n"
