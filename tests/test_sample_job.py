@@ -288,13 +288,30 @@ def test_a_latent_that_is_not_finite_is_refused_by_name(
     assert not list((tmp_path / "samples").glob("*.mp4"))
 
 
+def profile_config(world: Path, tmp_path: Path, **profile: Any) -> Config:
+    shutil.copytree(world / "runs", tmp_path / "runs")
+    data = configure(world, tmp_path).model_dump(mode="json")
+    return parse_config(data | {"runs_dir": str(tmp_path / "runs"), "profile": {"warmup_steps": 1, **profile}})
+
+
+def test_a_profile_stops_on_request_and_keeps_nothing(world: Path, tmp_path: Path) -> None:
+    config, asked = profile_config(world, tmp_path, steps=1), iter((False, True))
+    with pytest.raises(Stopped, match="stopped on request after 1 of 3 packs; nothing of it is kept"):
+        sample.profile(config, Task(config.run_dir, "profile-sample", stop_requested=lambda: next(asked)))
+    assert not list((config.run_dir / "profile/sample").iterdir())
+
+
+def test_the_one_task_is_recorded_whatever_ranks_are_chosen_for_training(world: Path, tmp_path: Path) -> None:
+    config = profile_config(world, tmp_path, steps=1)
+    config = config.model_copy(update={"profile": config.profile.model_copy(update={"ranks": (1,)})})
+    sample.profile(config, Task(config.run_dir, "profile-sample"))
+    assert len(list((config.run_dir / "profile/sample").glob("*_rank0.json"))) == 1
+
+
 def test_a_profile_tells_text_model_and_vae_apart_and_makes_no_sample(world: Path, tmp_path: Path) -> None:
     from sorahpc.profiling.record import read_summary
 
-    shutil.copytree(world / "runs", tmp_path / "runs")
-    data = configure(world, tmp_path).model_dump(mode="json")
-    data |= {"runs_dir": str(tmp_path / "runs"), "profile": {"warmup_steps": 1, "steps": 3}}
-    config = parse_config(data)
+    config = profile_config(world, tmp_path, steps=3)
     sample.profile(config, Task(config.run_dir, "profile-sample", writes=False))
     (path,) = (config.run_dir / "profile/sample").glob("*_rank0.json")
     summary = read_summary(path)

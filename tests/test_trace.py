@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from sorahpc.config import ProfileConfig
-from sorahpc.errors import DataError
+from sorahpc.errors import DataError, Stopped
 from sorahpc.profiling.page import write_profile_page
-from sorahpc.profiling.record import num_steps, read_summary, recorded, span
+from sorahpc.profiling.record import num_steps, read_summary, recorded, remove_other_ranks, span
 from sorahpc.profiling.trace import (
     Communication,
     Findings,
@@ -222,21 +222,63 @@ def test_a_rank_that_is_not_chosen_records_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "train").exists()
 
 
-def test_an_earlier_profile_of_this_device_is_replaced_and_of_another_kept(tmp_path: Path) -> None:
-    how, task = ProfileConfig(warmup_steps=1, steps=1), Task(tmp_path, "profile-sample")
+def record_nothing(folder: Path, how: ProfileConfig, *, rank: int = 0, fail_after: int = 1000) -> None:
+    task = Task(folder, "profile-train", rank, 8)
+    with recorded(how, folder, task, CPU, []) as step_done:
+        for step in range(num_steps(how)):
+            if step == fail_after:
+                raise Stopped("on request")
+            step_done(1)
 
-    def once() -> None:
-        with recorded(how, tmp_path, task, CPU, []) as step_done:
-            for _ in range(num_steps(how)):
-                step_done(1)
 
-    once()
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_what_an_earlier_profile_left_of_other_ranks_goes_and_other_devices_and_tools_stay(tmp_path: Path) -> None:
+    how = ProfileConfig(warmup_steps=1, steps=1, ranks=(0, 1))
+    record_nothing(tmp_path, how)
+    record_nothing(tmp_path, how, rank=1)
     (path,) = tmp_path.glob("*_rank0.json")
-    stale, other = path.with_name(path.name.replace("rank0", "rank7")), tmp_path / "nvidia-h200_rank0.json"
-    stale.write_text("{}")
-    other.write_text("{}")
-    once()
-    assert path.exists() and not stale.exists() and other.exists()
+    stem = path.name.removesuffix("_rank0.json")
+    stale = [tmp_path / f"{stem}_rank{end}" for end in ("7.json", "7.trace.json.gz", "10.json", "10.memory.pickle")]
+    other = [tmp_path / "nvidia-h200_rank7.json", tmp_path / f"{stem}_nsys_rank7.json"]
+    for path in (*stale, *other):
+        path.write_text("{}")
+    before = contents(tmp_path)
+    remove_other_ranks(how, tmp_path, CPU)
+    assert contents(tmp_path) == {n: data for n, data in before.items() if n not in {path.name for path in stale}}
+
+
+@pytest.mark.parametrize("fail_after", [0, 2, 3])
+def test_a_profile_that_does_not_end_leaves_the_earlier_one(tmp_path: Path, fail_after: int) -> None:
+    """Before, in and after what is recorded."""
+    how = ProfileConfig(warmup_steps=1, steps=2)
+    record_nothing(tmp_path, how)
+    before = contents(tmp_path)
+    assert len(before) == 2
+    with pytest.raises(Stopped):
+        record_nothing(tmp_path, how, fail_after=fail_after)
+    assert contents(tmp_path) == before
+
+
+def test_a_trace_that_could_not_be_written_whole_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def export(_: object, path: str) -> None:
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch.profiler.profile, "export_chrome_trace", export)
+    with pytest.raises(OSError, match="No space left"):
+        record_nothing(tmp_path, ProfileConfig(warmup_steps=1, steps=1))
+    assert not contents(tmp_path)
+
+
+def test_profiles_of_several_tools_lie_side_by_side(tmp_path: Path) -> None:
+    for tool in ("torch", "nsys", "ncu"):
+        record_nothing(tmp_path, ProfileConfig(warmup_steps=1, steps=1, tool=tool))
+    assert sorted(read_summary(path).tool for path in tmp_path.glob("*_rank0.json")) == ["ncu", "nsys", "torch"]
 
 
 def test_a_summary_that_is_none_is_one_line(tmp_path: Path) -> None:

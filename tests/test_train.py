@@ -180,6 +180,24 @@ def test_a_profile_tells_layers_and_communication_apart_and_leaves_the_run_alone
     assert "train on" in (config.run_dir / "profile/index.html").read_text()
 
 
+def stopped_profile(rank: int, world_size: int, data: dict[str, Any]) -> str:
+    from sorahpc.jobs import train
+
+    config = parse_config(data)
+    asked = _StopAfter(3) if rank == 1 else (lambda: False)
+    with pytest.raises(Stopped) as caught:
+        train.profile(config, Task(config.run_dir, "profile-train", rank, world_size, rank, stop_requested=asked))
+    return str(caught.value)
+
+
+def test_a_profile_stops_on_request_of_one_rank_and_keeps_nothing(world: dict[str, Any]) -> None:
+    layout = {"train__tp": 2, "train__resources": {"tasks_per_node": 2}}
+    config = _config(world, "profile-stopped", **layout, profile={"warmup_steps": 1, "steps": 2})
+    said = run_on_ranks(2, stopped_profile, config.model_dump(mode="json"))
+    assert said[0] == said[1] and "stopped on request after 2 of 5 steps; nothing of it is kept" in said[0]
+    assert not list((config.run_dir / "profile/train").iterdir())
+
+
 def test_first_loss_is_one_plus_the_variance_of_the_latents(world: dict[str, Any]) -> None:
     config = _config(world, "first", train__steps=1, train__warmup_steps=0, train__packs_per_step=8)
     train_legs(0, 1, config.model_dump(mode="json"), [0])

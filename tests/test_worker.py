@@ -16,8 +16,10 @@ import pytest
 import tiny
 
 from sorahpc.cluster import lease as lease_module
+from sorahpc.cluster import nsight
 from sorahpc.cluster.lease import Lease, identity, is_alive, is_dead, start_time
 from sorahpc.cluster.worker import Place, Spec, check_progress, export_gang
+from sorahpc.config import parse_config
 from sorahpc.errors import NoProgressError, SetupError
 from sorahpc.runs import JobFolder, Task, read_json, write_json
 
@@ -410,6 +412,16 @@ def test_a_lease_is_not_in_the_way_of_the_writer_under_nsight(tmp_path: Path) ->
     assert (tmp_path / "notes").read_text().startswith("ncu\n--profile-from-start=off\n")
     by_hand = worker("profile-train", "tiny.yaml", cwd=tmp_path, **env)
     assert by_hand.returncode == 0, by_hand.stderr
+
+
+def test_the_one_task_of_a_sampling_runs_under_nsight_whatever_ranks_are_chosen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", with_tool(tmp_path, "nsys")["PATH"])
+    data = {**tiny.config_data(), "runs_dir": str(tmp_path), "profile": {"tool": "nsys", "ranks": [1]}}
+    found = nsight.command(parse_config(data), "profile-sample", 0, 1, {})
+    assert found is not None and found[0] == str(tmp_path / "bin/nsys")
+    assert nsight.command(parse_config(data), "profile-train", 0, 2, {}) is None
 
 
 @pytest.mark.parametrize(

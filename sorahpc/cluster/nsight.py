@@ -24,7 +24,8 @@ def command(config: Config, job: str, rank: int, world_size: int, env: Mapping[s
         ConfigError: ncu for ranks that wait for each other. SetupError: the tool is not on this node.
     """
     how = config.profile
-    if job not in ("profile-train", "profile-sample") or how.tool == "torch" or rank not in how.ranks or INSIDE in env:
+    chosen = job == "profile-sample" or (job == "profile-train" and rank in how.ranks)
+    if not chosen or how.tool == "torch" or INSIDE in env:
         return None
     if how.tool == "ncu" and world_size > 1:
         raise ConfigError(

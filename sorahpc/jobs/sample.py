@@ -37,7 +37,7 @@ from sorahpc.models.dit import DiT, load_ema_for_sampling
 from sorahpc.models.text import TextEncoder, load_text
 from sorahpc.models.vae import Vae, load_vae
 from sorahpc.profiling.page import write_profile_page
-from sorahpc.profiling.record import num_steps, recorded, span
+from sorahpc.profiling.record import num_steps, recorded, remove_other_ranks, span
 from sorahpc.runs import Task, write_json
 
 log = logging.getLogger(__name__)
@@ -127,8 +127,10 @@ def run(config: Config, task: Task) -> None:
 def profile(config: Config, task: Task) -> None:
     """The first pack, made again and again under a profiler with `profile.steps` Euler steps; no sample is written.
 
+    It has one task, which is recorded whatever `profile.ranks` says of training.
+
     Raises:
-        As `run`.
+        As `run`; Stopped: on request, with nothing kept.
     """
     config.need("sample", "vae", "text")
     assert config.sample is not None
@@ -136,7 +138,8 @@ def profile(config: Config, task: Task) -> None:
     checkpoint = _checkpoint(config)
     items = plan(config, read_prompts(config.sample.prompts), checkpoint)[: config.sample.prompts_per_pack]
     few = config.model_copy(update={"sample": config.sample.model_copy(update={"steps": how.steps})})
-    once = how.model_copy(update={"steps": 1})  # what is recorded is one pack, from its text to its frames
+    # What is recorded is one pack, from its text to its frames.
+    once = how.model_copy(update={"steps": 1, "ranks": (task.rank,)})
     try:
         models = _load(config, checkpoint, task.local_rank)
         _check_sizes(config, items, models)
@@ -148,9 +151,15 @@ def profile(config: Config, task: Task) -> None:
         recording = recorded(once, folder / "sample", task, models.device, models.model.parts())
         with recording as pack_done, ops.chosen(config.ops):
             for i in range(total):
+                if task.stop_requested():
+                    raise Stopped(
+                        f"profile-sample: stopped on request after {i} of {total} packs; nothing of it is kept, "
+                        "an earlier profile is"
+                    )
                 make_pack(items, models, few)
                 pack_done(tokens)
                 task.report(i + 1, total, "pack")
+        remove_other_ranks(once, folder / "sample", models.device)
         log.info("wrote %s", write_profile_page([folder], folder / "index.html"))
     finally:
         megatron.stop()

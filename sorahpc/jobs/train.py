@@ -34,7 +34,7 @@ from sorahpc.distributed.mesh import Mesh
 from sorahpc.errors import CheckpointError, DataError, NumericsError, SetupError, Stopped
 from sorahpc.models.dit import DiT
 from sorahpc.profiling.page import write_profile_page
-from sorahpc.profiling.record import num_steps, recorded, span
+from sorahpc.profiling.record import num_steps, recorded, remove_other_ranks, span
 from sorahpc.runs import Task, atomic_write
 
 log = logging.getLogger(__name__)
@@ -157,7 +157,7 @@ def profile(config: Config, task: Task) -> None:
     """Steps of the same training under a profiler, from fresh weights; nothing of the run but its profile is written.
 
     Raises:
-        As `run`.
+        As `run`; Stopped: on request, with nothing kept.
     """
     folder = config.run_dir / "profile"
     with _started(config, task) as (cache, mesh):
@@ -169,14 +169,22 @@ def profile(config: Config, task: Task) -> None:
             for step in range(total):
                 batch, packs = loader.next(consumed)
                 loss, norm = learner.gradients(packs, loader.batch_tokens(batch))
-                if not (math.isfinite(loss) and math.isfinite(norm)):
+                # As in training, whose step this all-reduce is a part of.
+                bad, stop = mesh.any_rank(not (math.isfinite(loss) and math.isfinite(norm)), task.stop_requested())
+                if bad:
                     _refuse(step + 1, loss, norm, batch, cache)
+                if stop:
+                    raise Stopped(
+                        f"profile-train: stopped on request after {step} of {total} steps; nothing of it is kept, "
+                        "an earlier profile is"
+                    )
                 learner.update(step, norm)
                 consumed = batch.consumed
                 step_done(loader.batch_tokens(batch))
                 task.report(step + 1, total, "step")
         mesh.any_rank(False)  # all have written
         if task.rank == 0:
+            remove_other_ranks(config.profile, folder / "train", mesh.device)
             log.info("wrote %s", write_profile_page([folder], folder / "index.html"))
 
 

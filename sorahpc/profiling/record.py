@@ -103,38 +103,55 @@ def recorded(
     Yields:
         What to call at the end of each step, with the tokens that it took.
 
-    Writes into `folder`, named by device and rank: `.json` (a `Summary`); where `how.tool` is torch, `.trace.json.gz`,
-    and on a GPU `.memory.pickle` (every allocation, as docs.pytorch.org/memory_viz opens it). What earlier profiles of
-    this kind of device have left there is removed first.
+    Writes into `folder`, named by device, tool (where it is not torch) and rank: `.json` (a `Summary`); where
+    `how.tool` is torch, `.trace.json.gz`, and on a GPU `.memory.pickle` (every allocation, as
+    docs.pytorch.org/memory_viz opens it). They take the place of earlier ones when all is recorded and read.
     """
-    name = slug(device)
-    if task.rank == 0:
-        for path in folder.glob(f"{name}_rank*"):
-            path.unlink()
     if task.rank not in how.ranks:
         yield lambda tokens: None
         return
     folder.mkdir(parents=True, exist_ok=True)
-    stem = f"{name}_rank{task.rank}"
-    recorder = _Recorder(how, device, folder / stem)
-    with layer_spans(layers), recorder:
-        yield recorder.step_done
-    summary = Summary(
-        job=task.job.removeprefix("profile-"),
-        rank=task.rank,
-        world_size=task.world_size,
-        device=device_name(device),
-        host=socket.gethostname(),
-        date=now_utc(),
-        torch=torch.__version__,
-        commit=commit_of_this(),
-        tool=how.tool,
-        step_ms=[round(s * 1e3, 3) for s in recorder.step_s],
-        recorded_step_ms=[round(s * 1e3, 3) for s in recorder.recorded_s],
-        step_tokens=recorder.step_tokens,
-        found=analyse(recorder.trace) if how.tool == "torch" else None,
-    )
-    write_json(folder / f"{stem}.json", {"format": FORMAT, **asdict(summary)})
+    stem = f"{_stem(how, device)}{task.rank}"
+    # Dotted and beside the results: renamed, not copied, and never taken for one of them.
+    with tempfile.TemporaryDirectory(prefix=f".{stem}.", dir=folder) as aside:
+        recorder = _Recorder(how, device, Path(aside) / stem)
+        with layer_spans(layers), recorder:
+            yield recorder.step_done
+        summary = Summary(
+            job=task.job.removeprefix("profile-"),
+            rank=task.rank,
+            world_size=task.world_size,
+            device=device_name(device),
+            host=socket.gethostname(),
+            date=now_utc(),
+            torch=torch.__version__,
+            commit=commit_of_this(),
+            tool=how.tool,
+            step_ms=[round(s * 1e3, 3) for s in recorder.step_s],
+            recorded_step_ms=[round(s * 1e3, 3) for s in recorder.recorded_s],
+            step_tokens=recorder.step_tokens,
+            found=analyse(recorder.trace) if how.tool == "torch" else None,
+        )
+        for path in Path(aside).iterdir():
+            os.replace(path, folder / path.name)
+        write_json(folder / f"{stem}.json", {"format": FORMAT, **asdict(summary)})
+
+
+def remove_other_ranks(how: ProfileConfig, folder: Path, device: torch.device) -> None:
+    """Remove what an earlier profile with this tool, of this kind of device, left of ranks that this one has not.
+
+    For one rank to call, after all have written.
+    """
+    start = _stem(how, device)
+    kept = {f"{start}{rank}" for rank in how.ranks}
+    for path in folder.glob(f"{start}*"):
+        if path.name.split(".")[0] not in kept:
+            path.unlink()
+
+
+def _stem(how: ProfileConfig, device: torch.device) -> str:
+    """How the names of a profile's files begin, up to the rank."""
+    return f"{slug(device)}{'' if how.tool == 'torch' else f'_{how.tool}'}_rank"
 
 
 def num_steps(how: ProfileConfig) -> int:
@@ -194,9 +211,7 @@ class _Recorder:
         self.began = time.perf_counter()
 
     def _write_trace(self, profiler: torch.profiler.profile) -> None:
-        aside = self.trace.with_name(f".{self.trace.name}")  # a reader sees all of it or none; .gz has it compressed
-        profiler.export_chrome_trace(str(aside))
-        os.replace(aside, self.trace)
+        profiler.export_chrome_trace(str(self.trace))  # .gz has it compressed
 
     def _write_snapshot(self) -> None:
         torch.cuda.memory._dump_snapshot(str(self.snapshot))
