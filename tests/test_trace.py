@@ -122,6 +122,24 @@ def test_what_is_no_trace_is_one_line(tmp_path: Path, content: bytes) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "events",
+    [
+        None, [1, 2], "text", 7,
+        [{"args": None}], [{"args": [1]}], [event("a", 0, 1) | {"ts": "0"}], [event("a", 0, 1) | {"dur": None}],
+        [event("a", float("nan"), 1)], [event("a", 1, 0)], [event("a", 0, 1, tid=[])],
+        [event("a", 0, 1, correlation={})], [{"name": "[memory]", "ts": 1, "args": {"Total Allocated": "1"}}],
+        [{"name": "[memory]", "args": {"Total Allocated": 1, "Bytes": 1}}],
+    ],
+)  # fmt: skip
+def test_a_damaged_trace_is_one_line(tmp_path: Path, events: Any) -> None:
+    whole = [event("ProfilerStep#1", 0, 10)]
+    path = write_trace(tmp_path / "t.json.gz", whole + events if isinstance(events, list) else events)
+    with pytest.raises(DataError, match=r"t.json.gz: not a trace of torch.profiler \(.+\)$") as caught:
+        analyse(path)
+    assert "\n" not in str(caught.value)
+
+
 def test_a_trace_without_a_step_says_so(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no step in this trace"):
         analyse(write_trace(tmp_path / "t.json.gz", [event("aten::mm", 0, 1, "cpu_op")]))
@@ -281,8 +299,49 @@ def test_profiles_of_several_tools_lie_side_by_side(tmp_path: Path) -> None:
     assert sorted(read_summary(path).tool for path in tmp_path.glob("*_rank0.json")) == ["ncu", "nsys", "torch"]
 
 
-def test_a_summary_that_is_none_is_one_line(tmp_path: Path) -> None:
-    for text in ("", "[]", '{"format": 1}', '{"format": 1, "found": {}}'):
-        (tmp_path / "s.json").write_text(text)
-        with pytest.raises(DataError, match=r"s\.json: not what `sorahpc profile` writes"):
-            read_summary(tmp_path / "s.json")
+DEEP = pytest.param("[" * 100_000, id="deep")
+
+
+@pytest.mark.parametrize("text", [DEEP, "", "[]", "null", "{", '{"format": 1}', '{"format": 1, "found": {}}'])
+def test_a_summary_that_is_none_is_one_line(tmp_path: Path, text: str) -> None:
+    (tmp_path / "s.json").write_text(text)
+    with pytest.raises(DataError, match=r"s\.json: not what `sorahpc profile` writes") as caught:
+        read_summary(tmp_path / "s.json")
+    assert "\n" not in str(caught.value)
+
+
+SUMMARY = {
+    "format": 1, "job": "train", "rank": 0, "world_size": 1, "device": "cpu", "host": "here",
+    "date": "2026-01-01 00:00", "torch": "2", "commit": "", "tool": "torch", "step_ms": [2.0], "step_tokens": [8], "recorded_step_ms": [3],
+    "found": {
+        "steps": 1, "wall_ms": 3.0, "busy_ms": 1.0, "memory": [[0.0, 1], [1.0, 2]], "peak_bytes": 2,
+        "parts": [{"name": "mlp", "forward_ms": 1.0, "backward_ms": 0.0, "other_ms": 0}],
+        "ops": [{"name": "gemm", "calls": 1.0, "ms": 1.0}], "communication": {"ms": 0.0, "overlapped_ms": 0.0},
+    },
+}  # fmt: skip
+
+
+def write_summary(path: Path, tool: str = "torch", **changes: Any) -> Path:
+    """Of changes, those whose names `found` has are made there."""
+    data = json.loads(json.dumps(SUMMARY)) | {"tool": tool}
+    for key, value in changes.items():
+        (data["found"] if key in data["found"] else data)[key] = value
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(data))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("step_ms", []), ("recorded_step_ms", []), ("step_ms", [0]), ("step_ms", [float("nan")]), ("step_ms", ["2"]),
+        ("step_tokens", ["8"]), ("rank", "0"), ("host", 1), ("wall_ms", 0), ("wall_ms", float("nan")),
+        ("busy_ms", float("inf")), ("memory", [[1]]), ("memory", [["a", 1]]), ("peak_bytes", "2"), ("parts", [1]),
+        ("ops", [{"name": "gemm", "calls": 1.0, "ms": "1"}]), ("communication", None), ("found", []),
+    ],
+)  # fmt: skip
+def test_a_damaged_summary_is_one_line(tmp_path: Path, key: str, value: Any) -> None:
+    assert read_summary(write_summary(tmp_path / "whole.json")).step_ms == [2.0]
+    with pytest.raises(DataError, match=rf"s\.json: not what `sorahpc profile` writes \(.*{key}.*\)") as caught:
+        read_summary(write_summary(tmp_path / "s.json", **{key: value}))
+    assert "\n" not in str(caught.value)

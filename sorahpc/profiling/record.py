@@ -7,6 +7,7 @@ passes of a model's layers. sorahpc.profiling.trace says what a trace has in it.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import socket
 import tempfile
@@ -14,9 +15,10 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field, TypeAdapter, ValidationError
 from torch import nn
 from torch.profiler import ProfilerActivity, record_function, schedule
 
@@ -27,15 +29,13 @@ from sorahpc.profiling.trace import (
     BACKWARD,
     FORWARD,
     SPAN,
-    Communication,
     Findings,
-    Op,
-    Part,
+    Positive,
     analyse,
     memory_points,
     read_events,
 )
-from sorahpc.runs import Task, read_json, write_json
+from sorahpc.runs import Task, write_json
 
 FORMAT = 1
 
@@ -86,9 +86,9 @@ class Summary:
     torch: str
     commit: str
     tool: str
-    step_ms: list[float]
+    step_ms: Annotated[list[Positive], Field(min_length=1)]
     step_tokens: list[int]
-    recorded_step_ms: list[float]
+    recorded_step_ms: Annotated[list[Positive], Field(min_length=1)]
     found: Findings | None
 
 
@@ -242,18 +242,17 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
 
 def read_summary(path: Path) -> Summary:
     """Raises DataError for a file that `recorded` has not written."""
-    data = read_json(path)
     try:
-        if data is None or data.pop("format") != FORMAT:
-            raise ValueError(f"a JSON mapping of format {FORMAT} expected")
-        found = data.pop("found")
-        if found is not None:
-            found = Findings(
-                **found
-                | {"parts": [Part(**part) for part in found["parts"]], "ops": [Op(**op) for op in found["ops"]]}
-                | {"communication": Communication(**found["communication"])}
-            )
-        return Summary(**data, found=found)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        text = path.read_bytes()
+        if json.loads(text)["format"] != FORMAT:
+            raise ValueError(f"format {FORMAT} expected")
+        return _SUMMARY.validate_json(text, strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    except (OSError, RecursionError, KeyError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise DataError(f"{path}: not what `sorahpc profile` writes ({reason}); record again") from None
+    raise DataError(f"{path}: not what `sorahpc profile` writes ({reason}); record again")
+
+
+_SUMMARY = TypeAdapter(Summary)

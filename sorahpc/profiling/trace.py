@@ -11,11 +11,14 @@ import bisect
 import gzip
 import heapq
 import json
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from sorahpc.errors import DataError
 
@@ -24,15 +27,19 @@ FORWARD, BACKWARD = "forward: ", "backward: "  # of a layer
 TOP = 25
 TIMELINE_POINTS = 400
 
+# What a file of findings must hold to be read back.
+Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
 
 @dataclass(frozen=True)
 class Part:
     """What a span's name has taken, a step."""
 
     name: str
-    forward_ms: float
-    backward_ms: float
-    other_ms: float
+    forward_ms: Amount
+    backward_ms: Amount
+    other_ms: Amount
 
     @property
     def ms(self) -> float:
@@ -44,16 +51,16 @@ class Op:
     """A kernel by its name (on the CPU an operator, without those that it calls), a step."""
 
     name: str
-    calls: float
-    ms: float
+    calls: Amount
+    ms: Amount
 
 
 @dataclass(frozen=True)
 class Communication:
     """Time of collectives a step, and how much of it something else was computed in."""
 
-    ms: float
-    overlapped_ms: float
+    ms: Amount
+    overlapped_ms: Amount
 
 
 @dataclass(frozen=True)
@@ -72,12 +79,12 @@ class Findings:
     """
 
     steps: int
-    wall_ms: float
-    busy_ms: float
+    wall_ms: Positive
+    busy_ms: Amount
     parts: list[Part]
     ops: list[Op]
     communication: Communication
-    memory: list[tuple[float, int]]
+    memory: list[tuple[Amount, int]]
     peak_bytes: int
 
 
@@ -110,9 +117,28 @@ def read_events(path: Path) -> list[dict[str, Any]]:
     try:
         with gzip.open(path, "rt", encoding="utf-8", errors="replace") as file:
             events: list[dict[str, Any]] = json.load(file)["traceEvents"]
-            return events
-    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+        for event in events:
+            _check(event)
+        return events
+    except (OSError, EOFError, RecursionError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: not a trace of torch.profiler ({' '.join(str(error).split())})") from None
+
+
+def _check(event: object) -> None:
+    """Raise ValueError for what the rest of this module could not read."""
+    args = event.get("args", {}) if isinstance(event, dict) else None
+    if not isinstance(event, dict) or not isinstance(args, dict):
+        raise ValueError(f"an event with its args expected, found {str(event)[:60]}")
+    numbers = [event[key] for key in ("ts", "dur") if key in event]
+    if event.get("name") == "[memory]" and "Total Allocated" in args:
+        numbers += [event["ts"], args["Total Allocated"], args["Bytes"]]
+    for number in numbers:
+        if type(number) not in (int, float) or not math.isfinite(number):
+            raise ValueError(f"a number expected, found {str(number)[:60]} in {str(event)[:60]}")
+    if event.get("dur", 0) < 0:
+        raise ValueError(f"dur: at least 0 expected in {str(event)[:60]}")
+    if any(isinstance(key, (dict, list)) for key in (event.get("pid"), event.get("tid"), args.get("correlation"))):
+        raise ValueError(f"numbers or names expected for pid, tid and correlation in {str(event)[:60]}")
 
 
 def analyse(path: Path) -> Findings:
