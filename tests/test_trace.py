@@ -312,7 +312,8 @@ def test_a_summary_that_is_none_is_one_line(tmp_path: Path, text: str) -> None:
 
 SUMMARY = {
     "format": 1, "job": "train", "rank": 0, "world_size": 1, "device": "cpu", "host": "here",
-    "date": "2026-01-01 00:00", "torch": "2", "commit": "", "tool": "torch", "step_ms": [2.0], "step_tokens": [8], "recorded_step_ms": [3],
+    "date": "2026-01-01 00:00", "torch": "2", "commit": "", "tool": "torch", "step_ms": [2.0], "step_tokens": [8],
+    "recorded_step_ms": [3],
     "found": {
         "steps": 1, "wall_ms": 3.0, "busy_ms": 1.0, "memory": [[0.0, 1], [1.0, 2]], "peak_bytes": 2,
         "parts": [{"name": "mlp", "forward_ms": 1.0, "backward_ms": 0.0, "other_ms": 0}],
@@ -322,10 +323,10 @@ SUMMARY = {
 
 
 def write_summary(path: Path, tool: str = "torch", **changes: Any) -> Path:
-    """Of changes, those whose names `found` has are made there."""
+    """Changes of what only `found` has are made there."""
     data = json.loads(json.dumps(SUMMARY)) | {"tool": tool}
     for key, value in changes.items():
-        (data["found"] if key in data["found"] else data)[key] = value
+        (data if key in data else data["found"])[key] = value
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(data))
     return path
@@ -345,3 +346,33 @@ def test_a_damaged_summary_is_one_line(tmp_path: Path, key: str, value: Any) -> 
     with pytest.raises(DataError, match=rf"s\.json: not what `sorahpc profile` writes \(.*{key}.*\)") as caught:
         read_summary(write_summary(tmp_path / "s.json", **{key: value}))
     assert "\n" not in str(caught.value)
+
+
+def test_a_page_calls_a_pack_a_pack(tmp_path: Path) -> None:
+    write_summary(tmp_path / "train/a_rank0.json")
+    train = write_profile_page([tmp_path], tmp_path / "p.html").read_text()
+    assert "tokens a second" in train and "ms a step" in train and "a pack" not in train
+    (tmp_path / "train/a_rank0.json").unlink()
+    write_summary(tmp_path / "sample/a_rank0.json", job="sample")
+    sample = write_profile_page([tmp_path], tmp_path / "p.html").read_text()
+    assert "tokens a second" not in sample and "a step" not in sample
+    assert "a pack (text, Euler steps, VAE)" in sample and "ms a pack" in sample
+
+
+def test_a_page_says_what_the_peak_of_memory_is_above(tmp_path: Path) -> None:
+    path = write_summary(tmp_path / "train/a_rank0.json")
+    assert "above what was allocated when the recording began" in (
+        write_profile_page([tmp_path], tmp_path / "p.html").read_text()
+    )
+    path.with_name("a_rank0.memory.pickle").touch()  # on a GPU all is counted
+    assert "above what was" not in write_profile_page([tmp_path], tmp_path / "p.html").read_text()
+
+
+@pytest.mark.parametrize(("tool", "report"), [("nsys", "nsys_here_rank0.nsys-rep"), ("ncu", "ncu_here_rank0.ncu-rep")])
+def test_a_page_names_the_report_that_is_there_and_no_other(tmp_path: Path, tool: str, report: str) -> None:
+    write_summary(tmp_path / f"train/a_{tool}_rank0.json", tool, found=None)
+    (tmp_path / f"train/{tool}_here_rank1.{tool}-rep").touch()
+    page = write_profile_page([tmp_path], tmp_path / "p.html").read_text()
+    assert f"{tool}: no report in {tmp_path / 'train'}" in page and "-rep" not in page
+    (tmp_path / "train" / report).touch()
+    assert f"{tool}: {tmp_path / 'train' / report}" in write_profile_page([tmp_path], tmp_path / "p.html").read_text()

@@ -144,27 +144,32 @@ def _devices(nodes: Sequence[Node]) -> str:
 
 def _trace(path: Path, summary: Summary) -> str:
     steps, tokens = summary.step_ms, sum(summary.step_tokens)
+    unit, a_unit = ("pack", "a pack (text, Euler steps, VAE)") if summary.job == "sample" else ("step", "a step")
     facts = [
         ("node", summary.host),
         ("recorded", summary.date),
         ("torch", summary.torch),
         ("commit", summary.commit or "unknown"),
-        ("a step", f"{statistics.median(steps):,.1f} ms, {min(steps):,.1f} to {max(steps):,.1f} ({len(steps)} steps)"),
-        ("a recorded step", f"{statistics.median(summary.recorded_step_ms):,.1f} ms; what follows is of these"),
-        ("tokens a second", f"{tokens / sum(steps) * 1e3:,.0f}"),
+        (a_unit, f"{statistics.median(steps):,.1f} ms, {min(steps):,.1f} to {max(steps):,.1f} (of {len(steps)})"),
+        (f"a recorded {unit}", f"{statistics.median(summary.recorded_step_ms):,.1f} ms; what follows is of these"),
     ]
+    if unit == "step":  # a pack's time is not that of its tokens alone
+        facts.append(("tokens a second", f"{tokens / sum(steps) * 1e3:,.0f}"))
     found = summary.found
     if found is None:
-        facts.append(("recorded by", f"{summary.tool}: its report lies in {path.parent}"))
+        report = path.parent / f"{summary.tool}_{summary.host}_rank{summary.rank}.{summary.tool}-rep"
+        none = f"no report in {path.parent} yet; it comes when the job has ended, and only from a GPU"
+        facts.append(("recorded by", f"{summary.tool}: {report if report.is_file() else none}"))
         return fact_table(facts)
     talk = found.communication
     hidden = f"{talk.overlapped_ms / talk.ms:.0%} of it while something computed" if talk.ms else "none"
     stem = path.name.removesuffix(".json")
     snapshot = path.with_name(f"{stem}.memory.pickle")
+    above = "" if snapshot.is_file() else ", on a CPU above what was allocated when the recording began"
     facts += [
-        ("busy", f"{found.busy_ms:,.1f} of {found.wall_ms:,.1f} ms a step ({found.busy_ms / found.wall_ms:.0%})"),
-        ("communication", f"{talk.ms:,.2f} ms a step, {hidden}"),
-        ("memory at the peak", f"{found.peak_bytes / 1e6:,.1f} MB"),
+        ("busy", f"{found.busy_ms:,.1f} of {found.wall_ms:,.1f} ms a {unit} ({found.busy_ms / found.wall_ms:.0%})"),
+        ("communication", f"{talk.ms:,.2f} ms a {unit}, {hidden}"),
+        ("memory at the peak", f"{found.peak_bytes / 1e6:,.1f} MB{above}"),
         ("trace", f"{path.with_name(stem + '.trace.json.gz')} (chrome://tracing or Perfetto)"),
     ]
     if snapshot.is_file():
@@ -182,10 +187,10 @@ def _trace(path: Path, summary: Summary) -> str:
         f'<tr><th scope="row" class="long">{esc(op.name)}</th>{_numbers(f"{op.calls:,.1f}", f"{op.ms:,.2f}")}</tr>'
         for op in found.ops
     ]
-    out = [fact_table(facts), "<h3>Time by part, ms a step</h3>"]
+    out = [fact_table(facts), f"<h3>Time by part, ms a {unit}</h3>"]
     out.append(_table(("", "forward", "backward", "other", "all", "share", ""), parts))
     if found.memory:
         times, sizes = [at for at, _ in found.memory], [size / 1e6 for _, size in found.memory]
         out.append(line_chart("Memory allocated", times, [("allocated", sizes, "bold")], "ms", "MB"))
-    out += ["<h3>What took longest, a step</h3>", _table(("", "calls", "ms"), ops)]
+    out += [f"<h3>What took longest, a {unit}</h3>", _table(("", "calls", "ms"), ops)]
     return "\n".join(out)
