@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -183,6 +184,28 @@ def test_no_task_outlives_a_killed_launcher(tmp_path: Path) -> None:
     assert status["state"] == "lost"
     # What the dead held is free at once.
     assert tiny.sorahpc("train", config, cwd=tmp_path).returncode == 0
+
+
+def test_what_a_tool_runs_does_not_outlive_the_launcher_either(tmp_path: Path) -> None:
+    """A stand-in for nsys that starts the task as a process of its own, and is killed with the launcher."""
+    stand_in = tmp_path / "bin/nsys"
+    stand_in.parent.mkdir()
+    stand_in.write_text('#!/bin/bash\nwhile [ "$1" != "$REAL_PYTHON" ]; do shift; done\n"$@"\nexit $?\n')
+    stand_in.chmod(0o755)
+    env = {"PATH": f"{stand_in.parent}{os.pathsep}{os.environ['PATH']}", "REAL_PYTHON": sys.executable}
+    config = tiny.write_config(tmp_path, profile={"tool": "nsys", "ranks": [1]})
+    process = launch(tmp_path, "profile", "train", config, TINY_FAULT="hang:1:2", TINY_ITEM_S="0.2", **env)
+    wait_for(lambda: len(pids(tmp_path, "profile-train")) == 2)
+    tasks = pids(tmp_path, "profile-train")
+    assert all(start_time(pid) is not None for pid in tasks)
+    process.kill()
+    process.communicate()
+    try:
+        wait_for(lambda: all(start_time(pid) is None for pid in tasks), 5)
+    finally:
+        for pid in tasks:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
 
 def test_a_job_that_runs_is_not_launched_again(tmp_path: Path) -> None:

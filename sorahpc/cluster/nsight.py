@@ -58,6 +58,10 @@ def report_path(config: Config, job: str, rank: int) -> Path:
     return (config.run_dir / "profile" / job.removeprefix("profile-") / name).absolute()
 
 
-def become(command: list[str]) -> None:
-    """Start again as `command`, with the same process id, so that signals and leases still find it."""
-    os.execve(command[0], command, {**os.environ, INSIDE: "1"})
+def become(command: list[str], launcher: str) -> None:
+    """Start again as `command`, with the same process id, so that signals and leases still find it.
+
+    Args:
+        launcher: the process that what the tool runs must not outlive; empty where there is none.
+    """
+    os.execve(command[0], command, {**os.environ, INSIDE: "1", "SORAHPC_PARENT": launcher})

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import ctypes
 import os
+import select
 import signal
+import threading
 from collections.abc import Callable
 from types import FrameType
 
@@ -68,3 +70,21 @@ def die_with(parent: int) -> None:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
     if os.getppid() != parent:  # it died between the start of this process and the call above
         raise SystemExit(1)
+
+
+def die_after(process: int) -> None:
+    """As `die_with`, for a process that need not be the parent: a thread waits for its end and kills this one. Linux.
+
+    Raises:
+        SystemExit: it was gone already.
+    """
+    try:
+        end = os.pidfd_open(process)
+    except ProcessLookupError:
+        raise SystemExit(1) from None
+
+    def wait() -> None:
+        select.select([end], [], [])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=wait, name="launcher's end", daemon=True).start()

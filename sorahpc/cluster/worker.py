@@ -28,7 +28,7 @@ from typing import Any
 
 from sorahpc.cluster import nsight
 from sorahpc.cluster.lease import HEARTBEAT_S, Lease, identity
-from sorahpc.cluster.signals import StopFlag, die_with, ignore_stop_signals
+from sorahpc.cluster.signals import StopFlag, die_after, die_with, ignore_stop_signals
 from sorahpc.config import ArrayResources, Config, load_config
 from sorahpc.errors import ConfigError, NoProgressError, SetupError, SoraHPCError, Stopped
 from sorahpc.log import number, task_logging
@@ -367,7 +367,8 @@ def main(argv: list[str] | None = None) -> int:
     task: Task | None = None  # to tell of a failure before the job's own begins
     try:
         if parent := os.environ.pop("SORAHPC_PARENT", ""):
-            die_with(int(parent))
+            # Between the launcher and what Nsight runs is Nsight, which may outlive the one and not end the other.
+            (die_after if nsight.INSIDE in os.environ else die_with)(int(parent))
         if len(argv) == 2 and argv[0] == "--spec":
             spec = Spec.read(Path(argv[1]))
             place = Place.of(os.environ, spec.kind)
@@ -387,7 +388,7 @@ def main(argv: list[str] | None = None) -> int:
         else:
             raise ConfigError("usage: python -m sorahpc.cluster.worker --spec SPEC.json | JOB CONFIG [key=value ...]")
         if nsight_command := nsight.command(config, spec.job, place.rank, place.world_size, os.environ):
-            nsight.become(nsight_command)
+            nsight.become(nsight_command, parent)
         wanted = resources(config, spec.job)
         cpus = os.environ.get("SLURM_CPUS_PER_TASK") or str(wanted.cpus_per_task if wanted else 1)
         os.environ.setdefault("OMP_NUM_THREADS", cpus)
