@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from sorahpc.profiling.timing import (
     interleaved_times,
     matmul_limit,
     measure,
+    merged,
     read_node,
     write_csv,
     write_node,
@@ -110,7 +112,7 @@ def make_row(median_ms: float, **changes: Any) -> Row:
     row = Row(
         date="2026-01-01 00:00", device="A", threads=1, torch="2", commit="c", case="K1 rope", dtype="float32",
         shape="L=1", candidate=OURS, median_ms=median_ms, p10_ms=1.0, p90_ms=2.0, gb_s=10.0, gflop_s=5.0, of_limit=0.9,
-        ours_is_faster_by=1.0, peak_mb=3.0,
+        limit_gb_s=11.0, ours_is_faster_by=1.0, peak_mb=3.0,
     )  # fmt: skip
     return dataclasses.replace(row, **changes)
 
@@ -132,7 +134,7 @@ def test_our_rows_are_compared_with_the_same_rows_of_the_baseline() -> None:
         compare(make_node(rows=(make_row(1.0, threads=2),)), before)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1]", '{"format": 2}', '{"format": 1, "rows": [{}], "ceilings": []}'])
+@pytest.mark.parametrize("text", ["", "{", "[1]", '{"format": 1}', '{"format": 2, "rows": [{}], "ceilings": []}'])
 def test_a_baseline_that_is_none_is_one_line(tmp_path: Path, text: str) -> None:
     (tmp_path / "b.json").write_text(text)
     with pytest.raises(DataError, match=r"b\.json: not what `sorahpc profile kernels` writes") as caught:
@@ -170,8 +172,9 @@ def test_the_job_writes_json_csv_and_a_page_and_holds_to_its_baseline(tmp_path: 
     assert sorted(p.name for p in folder.iterdir()) == sorted([file.name, file.with_suffix(".csv").name])
     text = (folder.parent / "index.html").read_text()
     assert "K0 twice" in text and "<script" not in text and "Roofline" in text
-    run(tmp_path, baseline=str(folder), margin=10.0)
-    run(tmp_path, baseline=str(file), margin=10.0)
+    kept = shutil.copytree(folder, tmp_path / "kept")
+    run(tmp_path, baseline=str(kept), margin=10.0)
+    run(tmp_path, baseline=str(kept / file.name), margin=10.0)
 
     baseline = tmp_path / "faster.json"  # than any machine
     data = json.loads(file.read_text())
@@ -189,6 +192,43 @@ def test_the_job_writes_json_csv_and_a_page_and_holds_to_its_baseline(tmp_path: 
         run(tmp_path, baseline=str(baseline))
     with pytest.raises(DataError, match=rf"runs/{slug(CPU)}.json: no such file; `sorahpc profile kernels` writes one"):
         run(tmp_path, baseline=str(tmp_path / "runs"))  # a folder without one of this device
+
+
+@pytest.mark.usefixtures("one_case")
+def test_what_is_not_measured_again_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = run(tmp_path) / f"{slug(CPU)}.json"
+    monkeypatch.setattr(kernels, "kernel_cases", lambda *_: iter([make_case(name="K1 other")]))
+    run(tmp_path, only="K1")
+    first, second = read_node(file).rows[::2]
+    assert (first.case, second.case) == ("K0 twice", "K1 other")
+    run(tmp_path, only="K1")
+    with file.with_suffix(".csv").open(newline="") as table:
+        assert [row["case"] for row in csv.DictReader(table)] == ["K0 twice"] * 2 + ["K1 other"] * 2
+    other = dataclasses.replace(second, threads=2)
+    copy = Ceiling("copy", "any", 2, 1.0, "memcpy")
+    node = merged(make_node(rows=(second,)), make_node(rows=(first, second, other), ceilings=(copy,)))
+    assert node.rows == (first, second, other) and copy in node.ceilings and len(node.ceilings) == 3
+
+
+@pytest.mark.usefixtures("one_case")
+def test_small_sizes_go_to_a_file_of_their_own(tmp_path: Path) -> None:
+    file = run(tmp_path) / f"{slug(CPU)}.json"
+    before = file.read_bytes()
+    folder = run(tmp_path, small=True)
+    assert file.read_bytes() == before
+    assert read_node(file.with_suffix(".small.json")).small and file.with_suffix(".small.csv").is_file()
+    assert (folder.parent / "index.html").read_text().count("no figure here means anything") == 1
+
+
+@pytest.mark.usefixtures("one_case")
+def test_an_earlier_file_that_is_damaged_is_said_before_measuring(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = run(tmp_path) / f"{slug(CPU)}.json"
+    file.write_text("{")
+    monkeypatch.setattr(kernels, "_measure", lambda *_: pytest.fail("measured"))
+    with pytest.raises(DataError, match=r"json: not what `sorahpc profile kernels` writes .*; remove it, and measure"):
+        run(tmp_path)
 
 
 @pytest.mark.usefixtures("one_case")
@@ -214,7 +254,7 @@ def test_without_kernels_there_is_nothing_to_measure(tmp_path: Path, monkeypatch
 def test_the_real_job_measures_a_real_case(tmp_path: Path) -> None:
     """Compiles the peers, so it takes a minute."""
     folder = run(tmp_path, only="K5", small=True, threads=[1, 2])
-    node = read_node(folder / f"{slug(CPU)}.json")
+    node = read_node(folder / f"{slug(CPU)}.small.json")
     assert {(r.threads, r.dtype) for r in node.rows} == {(t, d) for t in (1, 2) for d in ("float32", "bfloat16")}
     assert [c.name for c in node.ceilings] == ["copy", "matmul", "matmul"] * 2
     assert all(r.median_ms > 0 and r.peak_mb > 0 for r in node.rows)

@@ -1,8 +1,11 @@
 """profile-kernels: the ops beside their peers and the limits of the node that it runs on.
 
-profile/kernels/<device>.json    ceilings and rows; a baseline for later measurements
-                <device>.csv     the rows as a table
-profile/index.html               all that this run has measured, of every device
+profile/kernels/<device>.json         ceilings and rows; a baseline for later measurements
+                <device>.csv          the rows as a table
+                <device>.small.json   and .csv, of `kernels.small`
+profile/index.html                    all that this run has measured, of every device
+
+Measured again, a case replaces what the run has of it; what is not measured again stays.
 """
 
 from __future__ import annotations
@@ -28,8 +31,9 @@ def profile(config: Config, task: Task) -> None:
 
     Raises:
         ConfigError: no case of that name. SetupError: the kernels are not built for this device. DataError: a baseline
-        that can't be read or is of another device. NumericsError: a candidate computes something else. Stopped: on
-        request; nothing is written. SlowerError: an op is slower than the baseline by more than the margin.
+        that can't be read or is of another device, or an earlier file of this run that can't be read. NumericsError: a
+        candidate computes something else. Stopped: on request; nothing is written. SlowerError: an op is slower than
+        the baseline by more than the margin.
     """
     wanted = config.kernels
     if not any(name.startswith(wanted.only) for name in CASES):
@@ -37,20 +41,23 @@ def profile(config: Config, task: Task) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if any(bodies[device.type] != "compiled" for bodies in ops.backend()["ops"].values()):
         raise SetupError(f"kernels: not built for {device.type}, so there is nothing to measure; run `make build` here")
+    folder = config.run_dir / "profile"
+    target = folder / "kernels" / f"{slug(device)}{'.small' if wanted.small else ''}.json"
     before = None
     if wanted.baseline is not None:
         path = wanted.baseline
-        before = timing.read_node(path / f"{slug(device)}.json" if path.is_dir() else path)
+        before = timing.read_node(path / target.name if path.is_dir() else path)
         if before.device != device_name(device):
             raise DataError(f"kernels.baseline: expected one of {device_name(device)}, found one of {before.device}")
 
+    earlier = timing.read_node(target) if target.is_file() else None
+
     timing.keep_freed_memory()
     node = _measure(wanted, device, task)
-    folder = config.run_dir / "profile"
-    path = folder / "kernels" / f"{slug(device)}.json"
-    timing.write_node(node, path)
-    timing.write_csv(node.rows, path.with_suffix(".csv"))
-    log.info("wrote %s, its rows as %s, and %s", path, path.with_suffix(".csv").name, folder / "index.html")
+    whole = timing.merged(node, earlier) if earlier else node
+    timing.write_node(whole, target)
+    timing.write_csv(whole.rows, target.with_suffix(".csv"))
+    log.info("wrote %s, its rows as %s, and %s", target, target.with_suffix(".csv").name, folder / "index.html")
     write_profile_page([folder], folder / "index.html")
     if before is not None:
         _judge(node, before, wanted.margin)
@@ -78,7 +85,7 @@ def _measure(wanted: KernelsConfig, device: torch.device, task: Task) -> timing.
         task.report(done, total, "case")
     finally:
         torch.set_num_threads(before)
-    return timing.make_node(device, ceilings, rows)
+    return timing.make_node(device, ceilings, rows, wanted.small)
 
 
 def _judge(node: timing.Node, before: timing.Node, margin: float) -> None:

@@ -28,9 +28,10 @@ def write_profile_page(folders: Sequence[Path], out: Path) -> Path:
     body = ["<header><h1>Profile</h1><p>What ops, training and sampling take, and the device's limits.</p></header>"]
     if not nodes and not any(traces.values()):
         body.append('<p class="note">Nothing is measured yet: `sorahpc profile kernels`, `train` or `sample`.</p>')
-    if len({node.device for node in nodes}) > 1:
-        body.append(_section("Kernels of all devices", _devices(nodes)))
-    body += [_section(f"Kernels on {node.device}", _node(node)) for node in nodes]
+    full = [node for node in nodes if not node.small]
+    if len({node.device for node in full}) > 1:
+        body.append(_section("Kernels of all devices", _devices(full)))
+    body += [_section(f"Kernels on {node.device}{', small' * node.small}", _node(node)) for node in nodes]
     for job, found in traces.items():
         body += [
             _section(f"{job} on {summary.device}, rank {summary.rank} of {summary.world_size}", _trace(path, summary))
@@ -62,12 +63,17 @@ def _bar(share: float) -> str:
 
 
 def _node(node: Node) -> str:
-    facts = [("node", node.host), ("measured", node.date), ("torch", node.torch), ("commit", node.commit or "unknown")]
+    dates, commits = sorted({row.date for row in node.rows}), sorted({row.commit or "unknown" for row in node.rows})
+    facts = [("node", node.host), ("measured", " to ".join(dict.fromkeys((*dates[:1], *dates[-1:]))) or node.date)]
+    facts += [("torch", node.torch), ("commit", ", ".join(commits) or node.commit or "unknown")]
     for ceiling in node.ceilings:
         unit = "GB/s read and written" if ceiling.name == "copy" else "GFLOP/s"
         what = f"{ceiling.name}, {_precision(ceiling.dtype, ceiling.threads)}"
         facts.append((what, f"{ceiling.value:,.1f} {unit} ({ceiling.how})"))
-    out = [fact_table(facts), '<div class="charts wide-ones">']
+    out = [fact_table(facts)]
+    if node.small:
+        out.append('<p class="note">Its sizes are for trying the command out: no figure here means anything.</p>')
+    out.append('<div class="charts wide-ones">')
     out += [_roofline(node, threads) for threads in sorted({c.threads for c in node.ceilings})]
     out.append("</div>")
     out.append(
@@ -75,7 +81,7 @@ def _node(node: Node) -> str:
         "must move at the least; a candidate that moves more shows it as less bandwidth.</p>"
     )
     rows = []
-    for _, group in groupby(node.rows, key=lambda r: (r.case, r.dtype, r.threads)):
+    for _, group in groupby(node.rows, key=lambda r: r.key):
         rows += _case(list(group))
     head = ("", "ms", "10 to 90 %", "GB/s", "of copy", "", "time / ours", "peak MB")
     return "\n".join([*out, _table(head, rows)])
@@ -110,7 +116,7 @@ def _roofline(node: Node, threads: int) -> str:
     peaks = [(f"matmul {c.dtype}", c.value) for c in ceilings if c.name == "matmul"]
     points = []
     counted = [row for row in node.rows if row.threads == threads and row.gflop_s > 0 and row.gb_s > 0]
-    for _, group in groupby(counted, key=lambda r: (r.case, r.dtype)):
+    for _, group in groupby(counted, key=lambda r: r.key):
         ours, *peers = sorted(group, key=lambda r: (r.candidate != OURS, r.median_ms))
         name = f"{ours.case.split()[0]} {ours.dtype}"
         points.append((name, ours.gflop_s / ours.gb_s, ours.gflop_s, "solid"))

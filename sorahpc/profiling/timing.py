@@ -8,11 +8,12 @@ from __future__ import annotations
 import csv
 import ctypes
 import io
+import math
 import socket
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from sorahpc.runs import atomic_write, read_json, write_json
 COPY_BYTES = 256 << 20  # beyond any cache
 FLUSH_BYTES = 256 << 20  # on a GPU, between two runs: beyond its L2
 MATMUL_SIZE = {"cpu": 2048, "cuda": 8192}
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,15 @@ class Row:
     p90_ms: float
     gb_s: float  # of the bytes that the case must move
     gflop_s: float  # of the operations of its formula
-    of_limit: float  # of the copy's gb_s
+    of_limit: float  # of limit_gb_s
+    limit_gb_s: float  # of the copy that was measured beside this case
     ours_is_faster_by: float  # this candidate's time over ours
     peak_mb: float  # allocated during a call at the most, its results included
+
+    @property
+    def key(self) -> tuple[str, str, str, int]:
+        """What was measured, whoever computed it."""
+        return self.case, self.dtype, self.shape, self.threads
 
     def __str__(self) -> str:
         where = f" {self.threads} threads" if self.threads else ""
@@ -83,6 +90,7 @@ class Node:
     commit: str
     ceilings: tuple[Ceiling, ...]
     rows: tuple[Row, ...]
+    small: bool = False  # sizes that try the command out
 
 
 def keep_freed_memory() -> None:
@@ -218,12 +226,13 @@ def measure(cases: Iterable[Case], device: torch.device, repeats: int) -> Iterat
                 gb_s=round(case.bytes / median / 1e9, 2),
                 gflop_s=round(case.flops / median / 1e9, 2),
                 of_limit=round(case.bytes / median / limit, 3),
+                limit_gb_s=round(limit / 1e9, 2),
                 ours_is_faster_by=round(median / medians[OURS], 2),
                 peak_mb=round(peak_bytes(case.calls[candidate], device) / 1e6, 1),
             )
 
 
-def make_node(device: torch.device, ceilings: Sequence[Ceiling], rows: Sequence[Row]) -> Node:
+def make_node(device: torch.device, ceilings: Sequence[Ceiling], rows: Sequence[Row], small: bool = False) -> Node:
     return Node(
         device=device_name(device),
         host=socket.gethostname(),
@@ -232,6 +241,17 @@ def make_node(device: torch.device, ceilings: Sequence[Ceiling], rows: Sequence[
         commit=commit_of_this(),
         ceilings=tuple(ceilings),
         rows=tuple(rows),
+        small=small,
+    )
+
+
+def merged(now: Node, earlier: Node) -> Node:
+    """`now`, and what `earlier` measured on this device that `now` did not."""
+    keys = {row.key for row in now.rows}
+    rows = [*(row for row in earlier.rows if row.key not in keys), *now.rows]
+    limits = {(c.name, c.dtype, c.threads): c for c in (*earlier.ceilings, *now.ceilings)}
+    return replace(
+        now, ceilings=tuple(limits.values()), rows=tuple(sorted(rows, key=lambda r: (r.threads, r.case, r.shape)))
     )
 
 
@@ -257,19 +277,46 @@ def read_node(path: Path) -> Node:
         raise DataError(f"{path}: no such file; `sorahpc profile kernels` writes one into runs/<run>/profile/kernels")
     data = read_json(path)
     try:
-        if data is None or data.pop("format") != FORMAT:
+        if data is None or data["format"] != FORMAT:
             raise ValueError(f"a JSON mapping of format {FORMAT} expected")
-        rows = tuple(_typed(Row, row) for row in data.pop("rows"))
-        found = tuple(_typed(Ceiling, ceiling) for ceiling in data.pop("ceilings"))
-        return Node(**{str(k): str(v) for k, v in data.items()}, ceilings=found, rows=rows)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        reason = " ".join(str(error).split())
-        raise DataError(f"{path}: not what `sorahpc profile kernels` writes ({reason}); measure again") from None
+        data["rows"] = tuple(_typed(Row, row) for row in data["rows"])
+        data["ceilings"] = tuple(_typed(Ceiling, ceiling) for ceiling in data["ceilings"])
+        node: Node = _typed(Node, data)
+        copies_of = [c.threads for c in node.ceilings if c.name == "copy"]
+        for threads in sorted({r.threads for r in node.rows} | {c.threads for c in node.ceilings}):
+            if copies_of.count(threads) != 1:
+                raise ValueError(f"one copy with {threads} threads expected, found {copies_of.count(threads)}")
+        return node
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+        raise DataError(
+            f"{path}: not what `sorahpc profile kernels` writes ({reason}); remove it, and measure again"
+        ) from None
+
+
+# What must be a word or above 0; other texts may be empty, other numbers 0.
+_NEEDED = {"device", "case", "dtype", "shape", "candidate", "name"}
+_POSITIVE = {"median_ms", "p10_ms", "p90_ms", "limit_gb_s", "value"}
 
 
 def _typed(cls: type[Any], data: dict[str, Any]) -> Any:
-    kinds = {"str": str, "int": int, "float": float}
-    return cls(**{f.name: kinds[str(f.type)](data[f.name]) for f in fields(cls)})
+    """An object of `cls`; ValueError for a field that no measurement has."""
+    for field in fields(cls):
+        value, kind = data[field.name], str(field.type)
+        if kind == "str":
+            good = isinstance(value, str) and (bool(value.strip()) or field.name not in _NEEDED)
+        elif kind == "bool":
+            good = isinstance(value, bool)
+        elif kind == "float":  # the page divides by some and takes logarithms
+            good = type(value) in (int, float) and math.isfinite(value)
+            good = good and (1e-12 <= value <= 1e15 or (value == 0 and field.name not in _POSITIVE))
+        elif kind == "int":
+            good = type(value) is int and 0 <= value <= 1e6
+        else:
+            good = isinstance(value, tuple)
+        if not good:
+            raise ValueError(f"{field.name}: {str(value)[:40]!r}")
+    return cls(**{f.name: data[f.name] for f in fields(cls)})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -297,7 +344,7 @@ def compare(now: Node, before: Node) -> list[Change]:
     """
 
     def ours(node: Node) -> dict[tuple[str, str, str, int], Row]:
-        return {(r.case, r.dtype, r.shape, r.threads): r for r in node.rows if r.candidate == OURS}
+        return {r.key: r for r in node.rows if r.candidate == OURS}
 
     known = ours(before)
     changes = [Change(row, known[key].median_ms) for key, row in ours(now).items() if key in known]
