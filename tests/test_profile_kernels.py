@@ -130,8 +130,41 @@ def test_our_rows_are_compared_with_the_same_rows_of_the_baseline() -> None:
     )
     changes = compare(now, before)
     assert [(c.row.dtype, pytest.approx(c.slower_by)) for c in changes] == [("float32", 0.15), ("bfloat16", -0.2)]
-    with pytest.raises(DataError, match=r"kernels.baseline: no row of 2026-01-01 00:00 has the case"):
+    with pytest.raises(DataError, match=r"kernels.baseline: that of 2026-01-01 00:00 has no row of the case"):
         compare(make_node(rows=(make_row(1.0, threads=2),)), before)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0, 0.0, True, "1", 10**400, None])
+def test_a_baseline_of_figures_that_nothing_can_take_is_one_line(tmp_path: Path, value: Any) -> None:
+    write_node(make_node(rows=(make_row(1.0),)), tmp_path / "b.json")
+    data = json.loads((tmp_path / "b.json").read_text())
+    assert read_node(tmp_path / "b.json").rows[0].median_ms == 1.0
+    for changed in (data["rows"][0] | {"median_ms": value}, data["rows"][0] | {"gb_s": value or -1}):
+        (tmp_path / "b.json").write_text(json.dumps(data | {"rows": [changed]}))
+        with pytest.raises(DataError, match=r"b\.json: not what .* writes \((median_ms|gb_s|int too large)"):
+            read_node(tmp_path / "b.json")
+    (tmp_path / "b.json").write_text(json.dumps(data | {"ceilings": [data["ceilings"][0] | {"value": value}]}))
+    with pytest.raises(DataError, match=r"b\.json: not what .* writes \((value|int too large)"):
+        read_node(tmp_path / "b.json")
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"ceilings": []}, "one copy with 1 threads expected, found 0"),
+        ({"ceilings": 2 * [{"name": "copy", "dtype": "a", "threads": 1, "value": 1, "how": ""}]}, "found 2"),
+        ({"format": True}, "a JSON mapping of format 2 expected"),
+        ({"device": " "}, "device: ' '"),
+        ({"small": 1}, "small: '1'"),
+        ({"rows": [{"date": ""}]}, "no 'device'"),
+    ],
+)
+def test_a_file_that_no_page_can_show_is_one_line(tmp_path: Path, changes: dict[str, Any], expected: str) -> None:
+    write_node(make_node(rows=(make_row(1.0),)), tmp_path / "r/kernels/b.json")
+    data = json.loads((tmp_path / "r/kernels/b.json").read_text())
+    (tmp_path / "r/kernels/b.json").write_text(json.dumps(data | changes))
+    with pytest.raises(DataError, match=rf"b\.json: not what .* writes \(.*{expected}"):
+        write_profile_page([tmp_path / "r"], tmp_path / "page.html")
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", '{"format": 1}', '{"format": 2, "rows": [{}], "ceilings": []}'])
@@ -229,6 +262,45 @@ def test_an_earlier_file_that_is_damaged_is_said_before_measuring(
     monkeypatch.setattr(kernels, "_measure", lambda *_: pytest.fail("measured"))
     with pytest.raises(DataError, match=r"json: not what `sorahpc profile kernels` writes .*; remove it, and measure"):
         run(tmp_path)
+
+
+@pytest.mark.usefixtures("one_case")
+def test_a_baseline_that_the_run_would_replace_or_that_fits_nothing_is_refused_before_measuring(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = run(tmp_path)
+    file = folder / f"{slug(CPU)}.json"
+    (tmp_path / "link").symlink_to(folder)
+    kept = shutil.copytree(folder, tmp_path / "kept")
+    monkeypatch.setattr(kernels, "_measure", lambda *_: pytest.fail("measured"))
+    for baseline in (folder, file, tmp_path / "link"):
+        with pytest.raises(ConfigError, match=r"kernels.baseline: .* is the file that this run writes; copy it else"):
+            run(tmp_path, baseline=str(baseline))
+    for changes in ({"threads": [3]}, {"only": "K1"}, {"small": True, "baseline": str(kept / file.name)}):
+        with pytest.raises(DataError, match=r"kernels.baseline: .* has no row of the case, dtype, shape and threads"):
+            run(tmp_path, **{"baseline": str(kept), **changes})
+
+
+@pytest.mark.usefixtures("one_case")
+def test_what_has_no_counterpart_in_the_baseline_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    kept = shutil.copytree(run(tmp_path), tmp_path / "kept")
+    cases = [make_case(), make_case(name="K1 other")]
+    monkeypatch.setattr(kernels, "kernel_cases", lambda *_: iter(cases))
+    run(tmp_path, baseline=str(kept), margin=10.0)
+    assert "kernels.baseline: 1 of the 2 ops measured now have no counterpart" in caplog.text
+
+
+@pytest.mark.usefixtures("one_case")
+def test_a_damaged_file_of_another_job_costs_the_page_and_not_the_measurement(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    damaged = tmp_path / "runs/p/profile/train/x_rank0.json"
+    damaged.parent.mkdir(parents=True)
+    damaged.write_text("{")
+    assert (run(tmp_path) / f"{slug(CPU)}.json").is_file()
+    assert "no page: " in caplog.text and "x_rank0.json" in caplog.text
 
 
 @pytest.mark.usefixtures("one_case")

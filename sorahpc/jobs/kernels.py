@@ -18,7 +18,7 @@ from sorahpc import ops
 from sorahpc.config import Config, KernelsConfig
 from sorahpc.errors import ConfigError, DataError, SetupError, SlowerError, Stopped
 from sorahpc.profiling import timing
-from sorahpc.profiling.cases import CASES, kernel_cases
+from sorahpc.profiling.cases import CASES, OURS, kernel_cases
 from sorahpc.profiling.machine import device_name, slug
 from sorahpc.profiling.page import write_profile_page
 from sorahpc.runs import Task
@@ -45,10 +45,19 @@ def profile(config: Config, task: Task) -> None:
     target = folder / "kernels" / f"{slug(device)}{'.small' if wanted.small else ''}.json"
     before = None
     if wanted.baseline is not None:
-        path = wanted.baseline
-        before = timing.read_node(path / target.name if path.is_dir() else path)
+        path = wanted.baseline / target.name if wanted.baseline.is_dir() else wanted.baseline
+        if path.exists() and target.exists() and path.samefile(target):  # each slower measurement would become the norm
+            raise ConfigError(
+                f"kernels.baseline: {path} is the file that this run writes; copy it elsewhere, or measure under "
+                "another run=NAME"
+            )
+        before = timing.read_node(path)
         if before.device != device_name(device):
             raise DataError(f"kernels.baseline: expected one of {device_name(device)}, found one of {before.device}")
+        threads = _turns(wanted) if device.type == "cpu" else (0,)
+        same = [r for r in before.rows if r.threads in threads and r.case.startswith(wanted.only)]
+        if before.small != wanted.small or not any(row.candidate == OURS for row in same):
+            raise DataError(f"kernels.baseline: {path} {timing.NO_ROW}")
 
     earlier = timing.read_node(target) if target.is_file() else None
 
@@ -57,16 +66,24 @@ def profile(config: Config, task: Task) -> None:
     whole = timing.merged(node, earlier) if earlier else node
     timing.write_node(whole, target)
     timing.write_csv(whole.rows, target.with_suffix(".csv"))
-    log.info("wrote %s, its rows as %s, and %s", target, target.with_suffix(".csv").name, folder / "index.html")
-    write_profile_page([folder], folder / "index.html")
+    log.info("wrote %s, and its rows as %s", target, target.with_suffix(".csv").name)
+    try:
+        log.info("wrote %s", write_profile_page([folder], folder / "index.html"))
+    except DataError as error:  # of another job's file; what was measured is kept and judged all the same
+        log.warning("no page: %s", error)
     if before is not None:
         _judge(node, before, wanted.margin)
+
+
+def _turns(wanted: KernelsConfig) -> tuple[int, ...]:
+    """Numbers of CPU threads to measure with."""
+    return wanted.threads or (wanted.resources.cpus_per_task,)
 
 
 def _measure(wanted: KernelsConfig, device: torch.device, task: Task) -> timing.Node:
     ceilings: list[timing.Ceiling] = []
     rows: list[timing.Row] = []
-    turns = (wanted.threads or (wanted.resources.cpus_per_task,)) if device.type == "cpu" else (1,)
+    turns = _turns(wanted) if device.type == "cpu" else (1,)
     total = len(turns) * 2 * sum(name.startswith(wanted.only) for name in CASES)
     done = 0
     before = torch.get_num_threads()
@@ -91,7 +108,14 @@ def _measure(wanted: KernelsConfig, device: torch.device, task: Task) -> timing.
 def _judge(node: timing.Node, before: timing.Node, margin: float) -> None:
     """Log every change, and raise SlowerError for those beyond the margin."""
     slower = []
-    for change in timing.compare(node, before):
+    changes = timing.compare(node, before)
+    measured = sum(row.candidate == OURS for row in node.rows)
+    if len(changes) < measured:
+        log.warning(
+            "kernels.baseline: %d of the %d ops measured now have no counterpart in it and are held to nothing",
+            measured - len(changes), measured,
+        )  # fmt: skip
+    for change in changes:
         row = change.row
         threads = f" {row.threads} threads" if row.threads else ""
         line = (

@@ -322,6 +322,10 @@ def _typed(cls: type[Any], data: dict[str, Any]) -> Any:
 # ---------------------------------------------------------------------------------------------------------------------
 # Against a baseline
 
+NO_ROW = (
+    "has no row of the case, dtype, shape and threads of one measured now; measure a new baseline with these settings"
+)
+
 
 @dataclass(frozen=True)
 class Change:
@@ -349,8 +353,5 @@ def compare(now: Node, before: Node) -> list[Change]:
     known = ours(before)
     changes = [Change(row, known[key].median_ms) for key, row in ours(now).items() if key in known]
     if not changes:
-        raise DataError(
-            f"kernels.baseline: no row of {before.date} has the case, dtype, shape and threads of one measured now; "
-            "measure a new baseline with these settings"
-        )
+        raise DataError(f"kernels.baseline: that of {before.date} {NO_ROW}")
     return sorted(changes, key=lambda change: -change.slower_by)
