@@ -380,8 +380,12 @@ Tool = Annotated[str | None, typer.Option("--tool", help="torch, nsys or ncu: wh
 
 
 def _given(**options: object) -> list[str]:
-    """Overrides of the options that were given; `a__b` is the key a.b."""
-    return [f"{key.replace('__', '.')}={value}" for key, value in options.items() if value is not None]
+    """Overrides of the options that were given; `a__b` is the key a.b. JSON, so that YAML reads a text as this text."""
+    return [
+        f"{key.replace('__', '.')}={json.dumps(value, default=str, ensure_ascii=False)}"
+        for key, value in options.items()
+        if value is not None
+    ]
 
 
 @profile_app.command("kernels")
@@ -412,7 +416,7 @@ def profile_train(
     tool: Tool = None, cluster: ClusterOpt = None, dry_run: DryRun = False, as_json: AsJson = False, wait: Wait = False,
 ) -> int:  # fmt: skip
     """Some steps of training under a profiler: trace, time by layer, communication, memory."""
-    chosen = None if ranks is None else f"[{ranks}]"
+    chosen = None if ranks is None else ranks.split(",")
     given = _given(profile__warmup_steps=warmup, profile__steps=steps, profile__ranks=chosen, profile__tool=tool)
     given = [*(overrides or []), *given]
     return _launch("profile-train", config, given, cluster, dry_run=dry_run, as_json=as_json, wait=wait)
@@ -439,6 +443,8 @@ def profile_report(
     from sorahpc.cluster.status import find_run
     from sorahpc.profiling.page import write_profile_page
 
+    if out.is_dir():
+        raise ConfigError(f"--out: {str(out)!r} is a folder; expected the name of the page to write")
     path = write_profile_page([find_run(run) / "profile" for run in runs], out)
     _say({"path": str(path.absolute())}, f"report: {path.absolute()}", as_json)
     return 0

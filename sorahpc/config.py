@@ -42,7 +42,7 @@ def _check_path(path: Path) -> Path:
     if not text or any(ord(c) < 32 or ord(c) == 127 for c in text):
         raise ValueError("a path without control characters")
     # What we ship is found from any working directory, also where only the package is installed.
-    if not path.is_absolute() and path.parts[0] == "configs" and not path.exists():
+    if not path.is_absolute() and path.parts[:1] == ("configs",) and not path.exists():
         inside = shipped_dir().joinpath(*path.parts[1:])
         if inside.exists():
             return inside
@@ -346,9 +346,11 @@ class KernelsConfig(Section):
     resources: ArrayResources = ArrayResources()
 
     @model_validator(mode="after")
-    def _one_task(self) -> KernelsConfig:
+    def _agrees(self) -> KernelsConfig:
         if self.resources.tasks != 1:
             raise ValueError("resources.tasks: 1 (two on a node would measure each other)")
+        if len(set(self.threads)) < len(self.threads):
+            raise ValueError(f"threads: different numbers, not {list(self.threads)}")
         return self
 
 

@@ -17,6 +17,7 @@ import yaml
 
 from sorahpc.cli import main
 from sorahpc.cluster.launch import JOBS
+from sorahpc.config import KernelsConfig, load_config
 
 HEAVY = ("torch", "numpy", "megatron", "submitit", "av", "h5py", "diffusers", "transformers", "pyarrow")
 
@@ -208,6 +209,27 @@ def test_help_lists_every_job(tmp_path: Path) -> None:
         assert f"  {verb} " in text, verb
 
 
+def test_the_folder_one_is_in_is_a_path_like_any_other(tmp_path: Path, here: Callable[..., Done]) -> None:
+    done = here("config", "check", tiny.write_config(tmp_path), "prepare.videos=.", "kernels.baseline=.")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("text", ["", "123", "a #b.json", "[x", "ü 😀: 1", "null", "a: b", "."])
+def test_the_text_of_an_option_is_this_text(
+    text: str, here: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[KernelsConfig] = []
+
+    def launch(job: str, config: str, overrides: list[str], cluster: str | None, **how: bool) -> int:
+        found.append(load_config(config, overrides, cluster).kernels)
+        return 0
+
+    monkeypatch.setattr("sorahpc.cli._launch", launch)
+    done = here("profile", "kernels", "--only", text, "--baseline", text, "--margin", "1e-05")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (found[0].only, found[0].baseline, found[0].margin) == (text, Path(text), 1e-5)
+
+
 def test_options_of_profile_are_overrides_of_its_sections(tmp_path: Path, here: Callable[..., Done]) -> None:
     config = tiny.write_config(tmp_path)
     done = here("profile", "train", config, "--steps", "3", "--ranks", "0,1", "--cluster", "slurm", "--dry-run")
@@ -220,6 +242,9 @@ def test_options_of_profile_are_overrides_of_its_sections(tmp_path: Path, here: 
         (["train", config, "--tool", "gdb"], "profile.tool: expected 'torch', 'nsys' or 'ncu', found \"gdb\""),
         (["kernels", "--margin", "-1"], "kernels.margin: expected greater than or equal to 0, found -1"),
         (["kernels", "--baseline", "nowhere.json", "--dry-run=x"], "--dry-run"),
+        (["kernels", "kernels.threads=[1,2,1]"], "kernels.threads: expected different numbers, not [1, 2, 1]"),
+        (["report", "r", "--out", ""], "--out: '.' is a folder; expected the name of the page to write"),
+        (["report", "r", "--out", str(tmp_path)], "is a folder; expected the name of the page to write"),
     ):
         done = here("profile", *args)
         assert done.returncode == 2 and expected in done.stderr and done.stderr.count("\n") == 1, done.stderr
