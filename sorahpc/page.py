@@ -121,7 +121,7 @@ def roofline(
     """An inline SVG roofline (Williams et al. 2009), both axes logarithmic.
 
     Args:
-        bandwidth_gb_s: of memory, the slope.
+        bandwidth_gb_s: of the fastest copy, the slope.
         peaks: (name, GFLOP/s), the flat roofs.
         points: (name, FLOP a byte, GFLOP/s, "solid" or "hollow"), all above 0; only solid ones carry their name.
     """
@@ -150,7 +150,13 @@ def roofline(
     x0 = max(10.0**x_low, 10.0**y_low / bandwidth_gb_s)
     ridge = best / bandwidth_gb_s
     slope = f"M{px(x0):.1f} {py(x0 * bandwidth_gb_s):.1f}L{px(ridge):.1f} {py(best):.1f}"
-    parts.append(f'<path class="bold" d="{slope}"><title>copy: {bandwidth_gb_s:g} GB/s</title></path>')
+    parts.append(f'<path class="bold" d="{slope}"/>')
+    # Half way up, on the left of the slope, where no point is.
+    half = math.sqrt(x0 * ridge)
+    parts.append(
+        f'<text x="{px(half) - 10:.1f}" y="{py(half * bandwidth_gb_s) - 6:.1f}" text-anchor="end">'
+        f"copy: {bandwidth_gb_s:,.1f} GB/s</text>"
+    )
     for name, value in peaks:
         start = px(max(value / bandwidth_gb_s, 10.0**x_low))
         parts.append(f'<path class="bold" d="M{start:.1f} {py(value):.1f}H{width - right}"/>')
@@ -164,7 +170,7 @@ def roofline(
         if kind == "solid":
             # A name that would cover another moves down, and a line leads to it.
             label_y = over
-            while any(abs(at - x1) < 100 and abs(label_y - y1) < 14 for x1, y1 in taken):
+            while any(abs(at - x1) < 180 and abs(label_y - y1) < 14 for x1, y1 in taken):
                 label_y += 14
             taken.append((at, label_y))
             parts.append(f'<path class="thin" d="M{at:.1f} {over:.1f}L{at + 12:.1f} {label_y:.1f}"/>')

@@ -347,6 +347,23 @@ def test_several_devices_are_compared_on_one_page(tmp_path: Path) -> None:
     assert "0.50 (faster)" in text, "a peer that wins is said to"
 
 
+def test_the_roof_is_the_fastest_copy_of_its_threads(tmp_path: Path) -> None:
+    rows = (
+        make_row(1.0, limit_gb_s=35.0),
+        make_row(1.0, case="K3 b", of_limit=1.2),
+        make_row(1.0, threads=2, limit_gb_s=50.0),
+    )
+    two = tuple(dataclasses.replace(c, threads=2) for c in make_node().ceilings)
+    write_node(make_node(rows=rows, ceilings=(*make_node().ceilings, *two)), tmp_path / "kernels/a.json")
+    text = write_profile_page([tmp_path], tmp_path / "page.html").read_text()
+    assert ">copy: 35.0 GB/s</text>" in text and ">copy: 50.0 GB/s</text>" in text
+    assert "float32, 1 thread: L=1; copy 35.0 GB/s" in text, "what the shares of a case refer to"
+    assert "A share above 100 % is no error" in text
+    write_node(make_node(rows=rows[:1]), tmp_path / "kernels/a.json")
+    text = write_profile_page([tmp_path], tmp_path / "page.html").read_text()
+    assert "A share above 100 %" not in text
+
+
 def test_an_empty_run_says_what_to_do(tmp_path: Path) -> None:
     text = write_profile_page([tmp_path], tmp_path / "page.html").read_text()
     assert "Nothing is measured yet" in text

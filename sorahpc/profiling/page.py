@@ -70,6 +70,7 @@ def _node(node: Node) -> str:
         unit = "GB/s read and written" if ceiling.name == "copy" else "GFLOP/s"
         what = f"{ceiling.name}, {_precision(ceiling.dtype, ceiling.threads)}"
         facts.append((what, f"{ceiling.value:,.1f} {unit} ({ceiling.how})"))
+    over = any(row.of_limit > 1 for row in node.rows)
     out = [fact_table(facts)]
     if node.small:
         out.append('<p class="note">Its sizes are for trying the command out: no figure here means anything.</p>')
@@ -78,7 +79,9 @@ def _node(node: Node) -> str:
     out.append("</div>")
     out.append(
         "<p>A full bar is the speed of this device's copy, measured beside each case. Bytes are those that the case "
-        "must move at the least; a candidate that moves more shows it as less bandwidth.</p>"
+        "must move at the least; a candidate that moves more shows it as less bandwidth."
+        + (" A share above 100 % is no error: the copy's own runs vary too." if over else "")
+        + "</p>"
     )
     rows = []
     for _, group in groupby(node.rows, key=lambda r: r.key):
@@ -93,7 +96,7 @@ def _precision(dtype: str, threads: int) -> str:
 
 def _case(rows: list[Row]) -> list[str]:
     first = rows[0]
-    title = f"{first.case}, {_precision(first.dtype, first.threads)}: {first.shape}"
+    title = f"{first.case}, {_precision(first.dtype, first.threads)}: {first.shape}; copy {first.limit_gb_s:,.1f} GB/s"
     out = [f'<tr><th scope="colgroup" colspan="8">{esc(title)}</th></tr>']
     for row in rows:
         beaten = row.candidate != OURS and row.ours_is_faster_by < 1
@@ -112,7 +115,9 @@ def _case(rows: list[Row]) -> list[str]:
 
 def _roofline(node: Node, threads: int) -> str:
     ceilings = [c for c in node.ceilings if c.threads == threads]
-    (bandwidth,) = [c.value for c in ceilings if c.name == "copy"]
+    # The fastest copy seen: the one at the start may have met a slow moment, and points would lie above the roof.
+    bandwidth = max(c.value for c in ceilings if c.name == "copy")
+    bandwidth = max([bandwidth, *(row.limit_gb_s for row in node.rows if row.threads == threads)])
     peaks = [(f"matmul {c.dtype}", c.value) for c in ceilings if c.name == "matmul"]
     points = []
     counted = [row for row in node.rows if row.threads == threads and row.gflop_s > 0 and row.gb_s > 0]
