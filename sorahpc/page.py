@@ -246,6 +246,9 @@ td { font-variant-numeric: tabular-nums; overflow-wrap: anywhere; } table.time {
 table.rows { width: 100%; } .rows td, .rows th { white-space: nowrap; }
 .rows thead th, .rows .ours td, .rows .ours th { color: var(--ink); font-weight: 600; }
 .rows thead th, .rows td.number { text-align: right; } .rows tr th:first-child { text-align: left; }
+/* The table scrolls under the names of its rows; on a phone these break. */
+.rows tr > th:first-child:not([colspan]) { position: sticky; left: 0; background: var(--paper); }
+@media (max-width: 560px) { .rows tr > th:first-child { white-space: normal; min-width: 110px; } }
 .rows th.long { white-space: normal; overflow-wrap: anywhere; }
 .rows .bar { margin: 6px 0 0; min-width: 120px; } .scroll { overflow-x: auto; } .rows td.warn { color: var(--no); }
 .wide { width: 60%; vertical-align: middle; } .wide .bar { margin: 0; height: 10px; border-radius: 5px; }

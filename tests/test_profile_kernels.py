@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -362,6 +363,28 @@ def test_the_roof_is_the_fastest_copy_of_its_threads(tmp_path: Path) -> None:
     write_node(make_node(rows=rows[:1]), tmp_path / "kernels/a.json")
     text = write_profile_page([tmp_path], tmp_path / "page.html").read_text()
     assert "A share above 100 %" not in text
+
+
+def test_devices_are_compared_at_the_same_shape_and_nodes_of_one_device_are_told_apart(tmp_path: Path) -> None:
+    other = make_row(2.0, shape="L=2", gb_s=15.0)
+    write_node(make_node(rows=(make_row(1.0), other)), tmp_path / "r1/kernels/a.json")
+    write_node(make_node(rows=(make_row(1.0),), host="node2"), tmp_path / "r2/kernels/a.json")
+    write_node(make_node("B", rows=(other,), host="node3"), tmp_path / "r3/kernels/b.json")
+    folders = [tmp_path / name for name in ("r1", "r2", "r3")]
+    text = write_profile_page(folders, tmp_path / "page.html").read_text()
+    first, second = re.findall(r"K1 rope, float32: (L=\d)</th>(.*?)</tr>", text)
+    assert [first[0], second[0]] == ["L=1", "L=2"]
+    assert first[1].count("10.0 GB/s") == 2 and first[1].count("not measured") == 1
+    assert second[1].count("15.0 GB/s") == 2 and second[1].count("not measured") == 1
+    assert [title in text for title in ("on A (node1, ", "on A (node2, ", "Kernels on B</h2>")] == [True] * 3
+
+
+def test_the_roofline_names_its_cases_and_says_which_compute_nothing(tmp_path: Path) -> None:
+    rows = (make_row(1.0, case="K4 patchify", gflop_s=0.0), make_row(1.0, case="K4 flow_patchify of a clip"))
+    write_node(make_node(rows=rows), tmp_path / "kernels/a.json")
+    text = write_profile_page([tmp_path], tmp_path / "page.html").read_text()
+    assert ">K4 flow_patchify float32</text>" in text
+    assert "Not on the roofline, as it moves bytes and computes nothing: K4 patchify.</p>" in text
 
 
 def test_an_empty_run_says_what_to_do(tmp_path: Path) -> None:

@@ -31,7 +31,10 @@ def write_profile_page(folders: Sequence[Path], out: Path) -> Path:
     full = [node for node in nodes if not node.small]
     if len({node.device for node in full}) > 1:
         body.append(_section("Kernels of all devices", _devices(full)))
-    body += [_section(f"Kernels on {node.device}{', small' * node.small}", _node(node)) for node in nodes]
+    devices = [node.device + ", small" * node.small for node in nodes]
+    for device, node in zip(devices, nodes, strict=True):
+        where = f" ({node.host}, {node.date})" if devices.count(device) > 1 else ""
+        body.append(_section(f"Kernels on {device}{where}", _node(node)))
     for job, found in traces.items():
         body += [
             _section(f"{job} on {summary.device}, rank {summary.rank} of {summary.world_size}", _trace(path, summary))
@@ -77,6 +80,9 @@ def _node(node: Node) -> str:
     out.append('<div class="charts wide-ones">')
     out += [_roofline(node, threads) for threads in sorted({c.threads for c in node.ceilings})]
     out.append("</div>")
+    idle = dict.fromkeys(row.case for row in node.rows if row.gflop_s == 0)
+    if idle:
+        out.append(f"<p>Not on the roofline, as it moves bytes and computes nothing: {esc(', '.join(idle))}.</p>")
     out.append(
         "<p>A full bar is the speed of this device's copy, measured beside each case. Bytes are those that the case "
         "must move at the least; a candidate that moves more shows it as less bandwidth."
@@ -123,7 +129,7 @@ def _roofline(node: Node, threads: int) -> str:
     counted = [row for row in node.rows if row.threads == threads and row.gflop_s > 0 and row.gb_s > 0]
     for _, group in groupby(counted, key=lambda r: r.key):
         ours, *peers = sorted(group, key=lambda r: (r.candidate != OURS, r.median_ms))
-        name = f"{ours.case.split()[0]} {ours.dtype}"
+        name = f"{' '.join(ours.case.split()[:2])} {ours.dtype}"
         points.append((name, ours.gflop_s / ours.gb_s, ours.gflop_s, "solid"))
         points += [(f"{name}, {p.candidate}", p.gflop_s / p.gb_s, p.gflop_s, "hollow") for p in peers[:1]]
     title = "Roofline" + (f", {threads} thread{'s' if threads > 1 else ''}" if threads else "")
@@ -132,20 +138,20 @@ def _roofline(node: Node, threads: int) -> str:
 
 def _devices(nodes: Sequence[Node]) -> str:
     """Ours on each device, a row a case."""
-    found: dict[tuple[str, str], dict[int, Row]] = {}
+    found: dict[tuple[str, str, str], dict[int, Row]] = {}
     for i, node in enumerate(nodes):
         for row in node.rows:
             if row.candidate == OURS:
-                cell = found.setdefault((row.case, row.dtype), {})
+                cell = found.setdefault((row.case, row.dtype, row.shape), {})
                 if i not in cell or row.median_ms < cell[i].median_ms:  # of several thread counts the fastest
                     cell[i] = row
     rows = []
-    for (case, dtype), cells in found.items():
+    for (case, dtype, shape), cells in found.items():
         values = []
         for i in range(len(nodes)):
             row_ = cells.get(i)
             values.append("not measured" if row_ is None else f"{row_.gb_s:,.1f} GB/s, {row_.of_limit:.0%} of copy")
-        rows.append(f'<tr><th scope="row">{esc(case)}, {esc(dtype)}</th>{_numbers(*values)}</tr>')
+        rows.append(f'<tr><th scope="row">{esc(case)}, {esc(dtype)}: {esc(shape)}</th>{_numbers(*values)}</tr>')
     return _table(["", *(f"{node.device} ({node.host})" for node in nodes)], rows)
 
 
