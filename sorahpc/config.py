@@ -359,7 +359,9 @@ class ProfileConfig(Section):
 
     warmup_steps: int = Field(3, ge=1, le=1000, description="steps before the first that counts")
     steps: int = Field(5, ge=1, le=1000, description="steps that are recorded")
-    ranks: tuple[Annotated[int, Field(ge=0)], ...] = Field((0,), min_length=1, description="ranks that are recorded")
+    ranks: tuple[Annotated[int, Field(ge=0)], ...] = Field(
+        (0,), min_length=1, description="of training: ranks that are recorded"
+    )
     tool: Literal["torch", "nsys", "ncu"] = Field(
         "torch", description="torch: torch.profiler; nsys, ncu: the chosen ranks run under Nsight Systems or Compute"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import signal
@@ -16,8 +17,8 @@ import pytest
 import tiny
 
 from sorahpc.cluster.lease import start_time
-from sorahpc.cluster.local import crash_lines, exit_word, visible_gpus
-from sorahpc.runs import read_json
+from sorahpc.cluster.local import crash_lines, exit_word, tell_end, visible_gpus
+from sorahpc.runs import JobFolder, read_json
 
 
 def launch(folder: Path, *args: str | Path, **env: str) -> subprocess.Popen[str]:
@@ -94,6 +95,19 @@ def test_a_failure_inline_is_told_once(tmp_path: Path, fault: str, code: int, ex
         where = "runs/tiny/jobs/encode/log/rank0.log"
         assert told == [f"sorahpc: encode: {line.replace('LOG', where)}" for line in expected]
         assert done.returncode == code and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("job", "told"),
+    [
+        ("train", "stopped, progress saved; the same command goes on from here"),
+        ("profile-kernels", "stopped, nothing of it is kept; the same command begins anew"),
+    ],
+)
+def test_a_stop_says_what_is_kept(tmp_path: Path, job: str, told: str) -> None:
+    stream = io.StringIO()
+    assert tell_end(JobFolder(tmp_path, job), "gang", {0: 10}, [], {}, stream) == ""
+    assert stream.getvalue() == f"sorahpc: {job}: {told}\n"
 
 
 @pytest.mark.parametrize(

@@ -141,7 +141,10 @@ def tell_end(
         What was told of the failed ones.
     """
     if not failed:
-        print(f"sorahpc: {folder.job}: stopped, progress saved; the same command goes on from here", file=stream)
+        # A measurement that was interrupted is none.
+        what = "nothing of it is kept" if folder.job.startswith("profile-") else "progress saved"
+        again = "begins anew" if folder.job.startswith("profile-") else "goes on from here"
+        print(f"sorahpc: {folder.job}: stopped, {what}; the same command {again}", file=stream)
         return ""
     faults: dict[str, list[int]] = {}
     for rank in failed[:1] if kind == "gang" else failed:
