@@ -76,8 +76,8 @@ def profile(config: Config, task: Task) -> None:
 
 
 def _turns(wanted: KernelsConfig) -> tuple[int, ...]:
-    """Numbers of CPU threads to measure with."""
-    return wanted.threads or (wanted.resources.cpus_per_task,)
+    """Numbers of CPU threads to measure with: the worker has set torch's by what Slurm gave, else by the config."""
+    return wanted.threads or (torch.get_num_threads(),)
 
 
 def _measure(wanted: KernelsConfig, device: torch.device, task: Task) -> timing.Node:
