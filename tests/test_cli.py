@@ -242,7 +242,10 @@ def test_options_of_profile_are_overrides_of_its_sections(tmp_path: Path, here: 
         (["train", config, "--tool", "gdb"], "profile.tool: expected 'torch', 'nsys' or 'ncu', found \"gdb\""),
         (["kernels", "--margin", "-1"], "kernels.margin: expected greater than or equal to 0, found -1"),
         (["kernels", "--baseline", "nowhere.json", "--dry-run=x"], "--dry-run"),
-        (["kernels", "kernels.threads=[1,2,1]"], "kernels.threads: expected different numbers, not [1, 2, 1]"),
+        (
+            ["kernels", "kernels.threads=[1,2,1]", "--dry-run"],
+            "kernels.threads: expected different numbers, not [1, 2, 1]",
+        ),
         (["report", "r", "--out", ""], "--out: '.' is a folder; expected the name of the page to write"),
         (["report", "r", "--out", str(tmp_path)], "is a folder; expected the name of the page to write"),
     ):
