@@ -336,7 +336,7 @@ class KernelsConfig(Section):
     only: str = Field("", description="cases whose name begins so, such as K1; empty: all")
     repeats: int = Field(15, ge=3, le=1000, description="times each candidate is run; figures are medians")
     threads: tuple[Annotated[int, Field(ge=1, le=1024)], ...] = Field(
-        (), description="CPU threads to measure with, one after the other; empty: resources.cpus_per_task"
+        (), description="CPU threads to measure with, in turn; empty: what Slurm gave, else resources.cpus_per_task"
     )
     small: bool = Field(False, description="sizes that try the job out in a minute; no figure means anything")
     baseline: ConfigPath | None = Field(
