@@ -104,6 +104,7 @@ class BuildExt(build_ext):
         super().finalize_options()
         # A rebuild takes seconds; one skipped because only SORAHPC_CUDA or a flag changed would take a day to find.
         self.force = True
+        self.parallel = self.parallel or 2  # the extensions, one beside the other
 
     def build_extensions(self) -> None:
         compiler = self.compiler.compiler_so_cxx[0]
@@ -131,7 +132,7 @@ class BuildExt(build_ext):
         here = LEVELS if platform.machine() in ("x86_64", "AMD64") else {"base": []}
         # Of an emulation the CPU kernels are no part; they are there for float64.
         checks = ["-O1"] if emulate else sanitize
-        with ThreadPoolExecutor(2) as pool:  # not more: a compiler takes up to a gigabyte
+        with ThreadPoolExecutor(len(here)) as pool:  # 0.4 GB each
             objects = pool.map(lambda level: self.compile_kernels(compiler, level, [*here[level], *checks]), here)
             ops.extra_objects += objects
         archs: list[str] = []

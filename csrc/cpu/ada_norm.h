@@ -97,7 +97,7 @@ void ada_norm_tokens(const AdaNorm& op, const Sample* samples, int64_t begin, in
       store<STREAM, N>(y + i, v);
     };
     if (token + 1 == end) {
-      in_vectors<LANES<C>>(M, give);
+      in_vectors<LANES<C>, 1, 1>(M, give);
       break;
     }
     while (token + 1 >= samples[s + 1].first_token) ++s;
@@ -223,10 +223,10 @@ void ada_norm_backward_chunks(const AdaNorm& op, const Sample* samples, int64_t 
         });
         now = next;
       }
-      in_vectors<LANES<C>>(M, [&](auto w, int64_t i) __attribute__((always_inline)) {
+      in_vectors<LANES<C>, 1, 1>(M, [&](auto w, int64_t i) __attribute__((always_inline)) {
         now.template give<decltype(w)::value>(i);
       });
-      in_vectors<LANES<C>>(numbers, [&](auto w, int64_t i) __attribute__((always_inline)) {
+      in_vectors<LANES<C>, 1, 1>(numbers, [&](auto w, int64_t i) __attribute__((always_inline)) {
         constexpr int N = decltype(w)::value;
         store<false, N>(partial + i, load<N>(partial + i) + load<N>(sums + i));
       });
@@ -246,7 +246,7 @@ void ada_norm_sums_typed(const AdaNorm& op, const Sample* samples, int64_t begin
     const int64_t chunks = (tokens + op.chunk - 1) / op.chunk;
     const C* first = (const C*)op.partials + (op.first_chunk(samples, s) * kinds + kind) * M;
     T* out = (T*)op.sum_of(int(kind)) + s * M;
-    in_vectors<LANES<C>>(M, [&](auto w, int64_t i) __attribute__((always_inline)) {
+    in_vectors<LANES<C>, 1, 1>(M, [&](auto w, int64_t i) __attribute__((always_inline)) {
       constexpr int N = decltype(w)::value;
       Vec<C, N> all{};
       for (int64_t j = 0; j < chunks; ++j) all += load<N>(first + j * kinds * M + i);
@@ -255,39 +255,28 @@ void ada_norm_sums_typed(const AdaNorm& op, const Sample* samples, int64_t begin
   }
 }
 
-template <typename T, bool STREAM>
-void ada_norm_typed(const AdaNorm& op, const Sample* samples, int64_t begin, int64_t end, void* scratch) {
-  const auto run = [&](auto branch, auto gated) {
-    constexpr bool B = decltype(branch)::value, G = decltype(gated)::value;
-    return op.scale.p != nullptr ? ada_norm_tokens<T, STREAM, B, G, true>(op, samples, begin, end, scratch)
-                                 : ada_norm_tokens<T, STREAM, B, G, false>(op, samples, begin, end, scratch);
-  };
-  if (op.gate.p != nullptr) return run(width<1>{}, width<1>{});
-  return op.branch.p != nullptr ? run(width<1>{}, width<0>{}) : run(width<0>{}, width<0>{});
-}
-
-template <typename T, bool STREAM>
-void ada_norm_backward_typed(const AdaNorm& op, const Sample* samples, int64_t begin, int64_t end, void* scratch) {
-  if (op.gate.p != nullptr)
-    return op.scale.p != nullptr ? ada_norm_backward_chunks<T, STREAM, true, true>(op, samples, begin, end, scratch)
-                                 : ada_norm_backward_chunks<T, STREAM, true, false>(op, samples, begin, end, scratch);
-  return op.scale.p != nullptr ? ada_norm_backward_chunks<T, STREAM, false, true>(op, samples, begin, end, scratch)
-                               : ada_norm_backward_chunks<T, STREAM, false, false>(op, samples, begin, end, scratch);
-}
-
 void ada_norm(const AdaNorm* op, const Sample* samples, int64_t begin, int64_t end, void* scratch) {
-  with_number(op->dtype, [&](auto x) {
+  with_number_and_stream(op->dtype, op->stream, [&](auto x, auto stream) {
     using T = decltype(x);
-    return op->stream ? ada_norm_typed<T, true>(*op, samples, begin, end, scratch)
-                      : ada_norm_typed<T, false>(*op, samples, begin, end, scratch);
+    const auto run = [&](auto branch, auto gated) {
+      constexpr bool S = decltype(stream)::value, B = decltype(branch)::value, G = decltype(gated)::value;
+      return op->scale.p != nullptr ? ada_norm_tokens<T, S, B, G, true>(*op, samples, begin, end, scratch)
+                                    : ada_norm_tokens<T, S, B, G, false>(*op, samples, begin, end, scratch);
+    };
+    if (op->gate.p != nullptr) return run(width<1>{}, width<1>{});
+    return op->branch.p != nullptr ? run(width<1>{}, width<0>{}) : run(width<0>{}, width<0>{});
   });
 }
 
 void ada_norm_backward(const AdaNorm* op, const Sample* samples, int64_t begin, int64_t end, void* scratch) {
-  with_number(op->dtype, [&](auto x) {
+  with_number_and_stream(op->dtype, op->stream, [&](auto x, auto stream) {
     using T = decltype(x);
-    return op->stream ? ada_norm_backward_typed<T, true>(*op, samples, begin, end, scratch)
-                      : ada_norm_backward_typed<T, false>(*op, samples, begin, end, scratch);
+    const auto run = [&](auto gated) {
+      constexpr bool S = decltype(stream)::value, G = decltype(gated)::value;
+      return op->scale.p != nullptr ? ada_norm_backward_chunks<T, S, G, true>(*op, samples, begin, end, scratch)
+                                    : ada_norm_backward_chunks<T, S, G, false>(*op, samples, begin, end, scratch);
+    };
+    return op->gate.p != nullptr ? run(width<1>{}) : run(width<0>{});
   });
 }
 

@@ -38,13 +38,11 @@ void sincos3d_tokens(const Sincos3d& op, const void* table, const Sample* sample
 
 void sincos3d(const Sincos3d* op, const void* table, const Sample* samples, int64_t num_samples, int64_t begin,
               int64_t end) {
-  with_number(op->dtype, [&](auto x) {
+  with_number_and_stream(op->dtype, op->stream, [&](auto x, auto stream) {
     using T = decltype(x);
-    if (op->x == nullptr)
-      return op->stream ? sincos3d_tokens<T, false, true>(*op, table, samples, num_samples, begin, end)
-                        : sincos3d_tokens<T, false, false>(*op, table, samples, num_samples, begin, end);
-    return op->stream ? sincos3d_tokens<T, true, true>(*op, table, samples, num_samples, begin, end)
-                      : sincos3d_tokens<T, true, false>(*op, table, samples, num_samples, begin, end);
+    constexpr bool STREAM = decltype(stream)::value;
+    return op->x != nullptr ? sincos3d_tokens<T, true, STREAM>(*op, table, samples, num_samples, begin, end)
+                            : sincos3d_tokens<T, false, STREAM>(*op, table, samples, num_samples, begin, end);
   });
 }
 

@@ -177,13 +177,11 @@ void rope3d_tokens(const Rope3d& op, const void* const* tables, const Sample* sa
 
 void rope3d(const Rope3d* op, const void* const* tables, const Sample* samples, int64_t num_samples, int64_t begin,
             int64_t end) {
-  with_number(op->dtype, [&](auto x) {
+  with_number_and_stream(op->dtype, op->stream, [&](auto x, auto stream) {
     using T = decltype(x);
-    if (op->interleaved)
-      return op->stream ? rope3d_tokens<T, true, true>(*op, tables, samples, num_samples, begin, end)
-                        : rope3d_tokens<T, true, false>(*op, tables, samples, num_samples, begin, end);
-    return op->stream ? rope3d_tokens<T, false, true>(*op, tables, samples, num_samples, begin, end)
-                      : rope3d_tokens<T, false, false>(*op, tables, samples, num_samples, begin, end);
+    constexpr bool STREAM = decltype(stream)::value;
+    return op->interleaved ? rope3d_tokens<T, true, STREAM>(*op, tables, samples, num_samples, begin, end)
+                           : rope3d_tokens<T, false, STREAM>(*op, tables, samples, num_samples, begin, end);
   });
 }
 

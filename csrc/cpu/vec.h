@@ -46,6 +46,12 @@ struct Compute<double> {
   using type = double;
 };
 
+// A number as a type, for a function to take.
+template <int N>
+struct width {
+  static constexpr int value = N;
+};
+
 // f(a number of the dtype)
 template <typename F>
 void with_number(Dtype dtype, F&& f) {
@@ -55,6 +61,17 @@ void with_number(Dtype dtype, F&& f) {
     case Dtype::f32: return f(float{});
     case Dtype::f64: return f(double{});
   }
+}
+
+// f(a number of the dtype, width<1>{} where results go past the caches, else width<0>{}). float64 is there to check
+// gradients and never goes past: a kernel more costs every build, and this one nobody would miss.
+template <typename F>
+void with_number_and_stream(Dtype dtype, bool stream, F&& f) {
+  with_number(dtype, [&](auto x) {
+    if constexpr (sizeof(x) < 8)
+      if (stream) return f(x, width<1>{});
+    return f(x, width<0>{});
+  });
 }
 
 template <typename C, int N>
@@ -236,17 +253,13 @@ SORAHPC_INLINE void interleave(Vec<C, N> a, Vec<C, N> b, Vec<C, N>& first, Vec<C
   }
 }
 
-// Calls f(integral<N>, i) over [0, n) in vectors of N, and what is left in halves of that, down to LAST.
-template <int N>
-struct width {
-  static constexpr int value = N;
-};
-
-template <int N, int LAST = 1, typename F>
+// Calls f(width<N>, i) over [0, n) in vectors of N, and what is left in halves of that, down to LAST; or, with a NEXT of
+// 1, one by one: for rows so long that their rest doesn't matter, the loops in between are only time to compile.
+template <int N, int LAST = 1, int NEXT = N / 2, typename F>
 SORAHPC_INLINE void in_vectors(int64_t n, F&& f, int64_t i = 0) {
   for (; i + N <= n; i += N) f(width<N>{}, i);
   if constexpr (N > LAST)
-    if (i < n) in_vectors<N / 2, LAST>(n, f, i);
+    if (i < n) in_vectors<NEXT, LAST>(n, f, i);
 }
 
 // f(width<0>), ... f(width<N - 1>): a loop whose index is a constant, so that an array of vectors stays in registers.
