@@ -592,13 +592,18 @@ def parse_config(data: dict[str, Any]) -> Config:
     try:
         return Config.model_validate(data)
     except ValidationError as error:
-        raise ConfigError("\n".join(_fault_line(e) for e in error.errors(include_url=False))) from None
+        faults = error.errors(include_url=False)
+        inside = {fault["loc"][:n] for fault in faults for n in range(len(fault["loc"]))}
+        # pydantic counts no item that is wrong itself, and calls its list too short as well.
+        faults = [f for f in faults if f["type"] != "too_short" or f["loc"] not in inside]
+        raise ConfigError("\n".join(map(_fault_line, faults))) from None
 
 
 _TYPE_WORDS = {
     "int_parsing": "a whole number",
     "int_type": "a whole number",
     "int_from_float": "a whole number",
+    "int_parsing_size": "a whole number",
     "float_parsing": "a number",
     "float_type": "a number",
     "bool_parsing": "true or false",
@@ -625,6 +630,9 @@ def _fault_line(error: Any) -> str:
         first, colon, rest = expected.partition(": ")
         if colon and re.fullmatch(r"[a-z_.0-9]+", first):  # a cross-field rule names the field to change
             return f"{'.'.join([*parts, first])}: expected {rest}"
+    elif kind in ("too_short", "too_long"):
+        number = error["ctx"]["min_length" if kind == "too_short" else "max_length"]
+        expected = f"at {'least' if kind == 'too_short' else 'most'} {number} item{'s' if number > 1 else ''}"
     else:
         expected = _TYPE_WORDS.get(kind) or error["msg"].removeprefix("Input should be ")
     shown = json.dumps(found, default=str)

@@ -239,6 +239,14 @@ def test_options_of_profile_are_overrides_of_its_sections(tmp_path: Path, here: 
     assert done.returncode == 0 and "runs/profile/jobs/profile-kernels" in done.stdout, "the shipped config"
     for args, expected in (
         (["train", config, "--ranks", "2"], "profile.ranks: expected ranks from 0 to 1, not [2]"),
+        (["train", config, "--ranks", "x"], 'profile.ranks.0: expected a whole number, found "x"'),
+        (["train", config, "--ranks", "0,-1"], 'profile.ranks.1: expected greater than or equal to 0, found "-1"'),
+        (["train", config, "--ranks", "9" * 5000], "profile.ranks.0: expected a whole number, found"),
+        (["train", config, "profile.ranks=[]"], "profile.ranks: expected at least 1 item, found []"),
+        (
+            ["train", config, "train.betas=[0.1,0.2,0.3]"],
+            "train.betas: expected at most 2 items, found [0.1, 0.2, 0.3]",
+        ),
         (["train", config, "--tool", "gdb"], "profile.tool: expected 'torch', 'nsys' or 'ncu', found \"gdb\""),
         (["kernels", "--margin", "-1"], "kernels.margin: expected greater than or equal to 0, found -1"),
         (["kernels", "--baseline", "nowhere.json", "--dry-run=x"], "--dry-run"),
