@@ -268,6 +268,22 @@ def test_what_an_earlier_profile_left_of_other_ranks_goes_and_other_devices_and_
     assert contents(tmp_path) == {n: data for n, data in before.items() if n not in {path.name for path in stale}}
 
 
+def test_what_a_killed_recording_left_aside_goes_with_the_next(tmp_path: Path) -> None:
+    how = ProfileConfig(warmup_steps=1, steps=1)
+    record_nothing(tmp_path, how)
+    (path,) = tmp_path.glob("*_rank0.json")
+    start = path.name.removesuffix("0.json")
+    for left in (f".{start}0.x1_y", f".{start}7.x1_y", f".{start}10.x1_y", ".nvidia-h200_rank0.x1_y"):
+        (tmp_path / left).mkdir()
+        (tmp_path / left / f"{start}0.trace.json.gz").write_bytes(b"half")
+    (tmp_path / f".{start}0.json.host.1.2.tmp").write_text("half")
+    record_nothing(tmp_path, how)
+    kept = [f".{start}7.x1_y", f".{start}10.x1_y", ".nvidia-h200_rank0.x1_y"]  # other ranks may be recording
+    assert sorted(p.name for p in tmp_path.glob(".*")) == sorted(kept)
+    remove_other_ranks(how, tmp_path, CPU)
+    assert [p.name for p in tmp_path.glob(".*")] == kept[-1:]
+
+
 @pytest.mark.parametrize("fail_after", [0, 2, 3])
 def test_a_profile_that_does_not_end_leaves_the_earlier_one(tmp_path: Path, fail_after: int) -> None:
     """Before, in and after what is recorded."""

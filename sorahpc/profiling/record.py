@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import socket
 import tempfile
 import time
@@ -105,13 +106,15 @@ def recorded(
 
     Writes into `folder`, named by device, tool (where it is not torch) and rank: `.json` (a `Summary`); where
     `how.tool` is torch, `.trace.json.gz`, and on a GPU `.memory.pickle` (every allocation, as
-    docs.pytorch.org/memory_viz opens it). They take the place of earlier ones when all is recorded and read.
+    docs.pytorch.org/memory_viz opens it). They take the place of earlier ones when all is recorded and read. What a
+    killed recording of this rank left aside goes when the next begins.
     """
     if task.rank not in how.ranks:
         yield lambda tokens: None
         return
     folder.mkdir(parents=True, exist_ok=True)
     stem = f"{_stem(how, device)}{task.rank}"
+    _remove_left_aside(folder, f"{stem}.")
     # Dotted and beside the results: renamed, not copied, and never taken for one of them.
     with tempfile.TemporaryDirectory(prefix=f".{stem}.", dir=folder) as aside:
         recorder = _Recorder(how, device, Path(aside) / stem)
@@ -147,6 +150,13 @@ def remove_other_ranks(how: ProfileConfig, folder: Path, device: torch.device) -
     for path in folder.glob(f"{start}*"):
         if path.name.split(".")[0] not in kept:
             path.unlink()
+    _remove_left_aside(folder, start)
+
+
+def _remove_left_aside(folder: Path, start: str) -> None:
+    """Remove what writers that were killed left of files whose names begin so; the job's lease allows no other."""
+    for path in folder.glob(f".{start}*"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _stem(how: ProfileConfig, device: torch.device) -> str:
