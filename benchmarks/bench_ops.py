@@ -13,7 +13,8 @@ import torch
 
 from sorahpc.profiling.cases import kernel_cases
 from sorahpc.profiling.machine import slug
-from sorahpc.profiling.timing import Row, keep_freed_memory, measure, write_csv
+from sorahpc.profiling.results import Row, write_csv
+from sorahpc.profiling.timing import keep_freed_memory, measure
 
 RESULTS = Path(__file__).resolve().parent / "results"
 

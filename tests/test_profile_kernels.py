@@ -19,25 +19,21 @@ from sorahpc.config import parse_config
 from sorahpc.errors import ConfigError, DataError, NumericsError, SlowerError, SoraHPCError, Stopped
 from sorahpc.jobs import kernels
 from sorahpc.page import roofline
-from sorahpc.profiling.cases import CASES, OURS, Case, kernel_cases
+from sorahpc.profiling.cases import CASES, Case, kernel_cases
 from sorahpc.profiling.machine import slug
 from sorahpc.profiling.page import write_profile_page
-from sorahpc.profiling.timing import (
+from sorahpc.profiling.results import (
+    OURS,
     Ceiling,
     Node,
     Row,
-    check,
     compare,
-    copies,
-    copy_limit,
-    interleaved_times,
-    matmul_limit,
-    measure,
     merged,
     read_node,
     write_csv,
     write_node,
 )
+from sorahpc.profiling.timing import check, copies, copy_limit, interleaved_times, matmul_limit, measure
 from sorahpc.runs import Task
 
 CPU = torch.device("cpu")

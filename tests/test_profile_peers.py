@@ -20,8 +20,9 @@ from torch import Tensor
 
 from sorahpc.ops.rope import rope3d
 from sorahpc.profiling import cases, peers
-from sorahpc.profiling.cases import AXES, OURS, THETA, Case, rope_case
+from sorahpc.profiling.cases import AXES, THETA, Case, rope_case
 from sorahpc.profiling.peers import rope_peers, to_halves, to_pairs
+from sorahpc.profiling.results import OURS
 from sorahpc.profiling.timing import check
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

@@ -17,10 +17,11 @@ import torch
 from sorahpc import ops
 from sorahpc.config import Config, KernelsConfig
 from sorahpc.errors import ConfigError, DataError, SetupError, SlowerError, Stopped
-from sorahpc.profiling import timing
-from sorahpc.profiling.cases import CASES, OURS, kernel_cases
+from sorahpc.profiling import results, timing
+from sorahpc.profiling.cases import CASES, kernel_cases
 from sorahpc.profiling.machine import device_name, slug
 from sorahpc.profiling.page import write_profile_page
+from sorahpc.profiling.results import OURS
 from sorahpc.runs import Task
 
 log = logging.getLogger(__name__)
@@ -51,21 +52,21 @@ def profile(config: Config, task: Task) -> None:
                 f"kernels.baseline: {path} is the file that this run writes; copy it elsewhere, or measure under "
                 "another run=NAME"
             )
-        before = timing.read_node(path)
+        before = results.read_node(path)
         if before.device != device_name(device):
             raise DataError(f"kernels.baseline: expected one of {device_name(device)}, found one of {before.device}")
         threads = _turns(wanted) if device.type == "cpu" else (0,)
         same = [r for r in before.rows if r.threads in threads and r.case.startswith(wanted.only)]
         if before.small != wanted.small or not any(row.candidate == OURS for row in same):
-            raise DataError(f"kernels.baseline: {path} {timing.NO_ROW}")
+            raise DataError(f"kernels.baseline: {path} {results.NO_ROW}")
 
-    earlier = timing.read_node(target) if target.is_file() else None
+    earlier = results.read_node(target) if target.is_file() else None
 
     timing.keep_freed_memory()
     node = _measure(wanted, device, task)
-    whole = timing.merged(node, earlier) if earlier else node
-    timing.write_node(whole, target)
-    timing.write_csv(whole.rows, target.with_suffix(".csv"))
+    whole = results.merged(node, earlier) if earlier else node
+    results.write_node(whole, target)
+    results.write_csv(whole.rows, target.with_suffix(".csv"))
     log.info("wrote %s, and its rows as %s", target, target.with_suffix(".csv").name)
     try:
         log.info("wrote %s", write_profile_page([folder], folder / "index.html"))
@@ -80,9 +81,9 @@ def _turns(wanted: KernelsConfig) -> tuple[int, ...]:
     return wanted.threads or (torch.get_num_threads(),)
 
 
-def _measure(wanted: KernelsConfig, device: torch.device, task: Task) -> timing.Node:
-    ceilings: list[timing.Ceiling] = []
-    rows: list[timing.Row] = []
+def _measure(wanted: KernelsConfig, device: torch.device, task: Task) -> results.Node:
+    ceilings: list[results.Ceiling] = []
+    rows: list[results.Row] = []
     turns = _turns(wanted) if device.type == "cpu" else (1,)
     total = len(turns) * 2 * sum(name.startswith(wanted.only) for name in CASES)
     done = 0
@@ -105,10 +106,10 @@ def _measure(wanted: KernelsConfig, device: torch.device, task: Task) -> timing.
     return timing.make_node(device, ceilings, rows, wanted.small)
 
 
-def _judge(node: timing.Node, before: timing.Node, margin: float) -> None:
+def _judge(node: results.Node, before: results.Node, margin: float) -> None:
     """Log every change, and raise SlowerError for those beyond the margin."""
     slower = []
-    changes = timing.compare(node, before)
+    changes = results.compare(node, before)
     measured = sum(row.candidate == OURS for row in node.rows)
     if len(changes) < measured:
         log.warning(

@@ -28,9 +28,9 @@ from sorahpc.ops.pack import positions3d
 from sorahpc.ops.patchify import patchify, unpatchify
 from sorahpc.ops.rope import qk_norm_rope3d, rope3d
 from sorahpc.profiling.peers import rope_peers
+from sorahpc.profiling.results import OURS
 
 AXES, THETA = (44, 42, 42), 1e4
-OURS = "sorahpc"
 Outputs = Tensor | tuple[Tensor, ...]
 
 

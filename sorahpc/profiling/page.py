@@ -8,9 +8,8 @@ from itertools import groupby
 from pathlib import Path
 
 from sorahpc.page import esc, fact_table, line_chart, page, roofline
-from sorahpc.profiling.cases import OURS
 from sorahpc.profiling.record import Summary, read_summary
-from sorahpc.profiling.timing import Node, Row, read_node
+from sorahpc.profiling.results import OURS, Node, Row, read_node
 from sorahpc.runs import atomic_write
 
 

@@ -5,92 +5,24 @@ Every figure is a median over runs in which all candidates take turns: a slow mo
 
 from __future__ import annotations
 
-import csv
 import ctypes
-import io
-import math
 import socket
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
-from typing import Any
 
 import torch
 
-from sorahpc.errors import DataError, NumericsError
+from sorahpc.errors import NumericsError
 from sorahpc.ops import stream_copy
-from sorahpc.profiling.cases import OURS, Case
+from sorahpc.profiling.cases import Case
 from sorahpc.profiling.machine import commit_of_this, device_name, now_utc
 from sorahpc.profiling.record import peak_bytes
-from sorahpc.runs import atomic_write, read_json, write_json
+from sorahpc.profiling.results import OURS, Ceiling, Node, Row
 
 COPY_BYTES = 256 << 20  # beyond any cache
 FLUSH_BYTES = 256 << 20  # on a GPU, between two runs: beyond its L2
 MATMUL_SIZE = {"cpu": 2048, "cuda": 8192}
-FORMAT = 2
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table: a candidate at a case."""
-
-    date: str
-    device: str
-    threads: int
-    torch: str
-    commit: str
-    case: str
-    dtype: str
-    shape: str
-    candidate: str
-    median_ms: float
-    p10_ms: float
-    p90_ms: float
-    gb_s: float  # of the bytes that the case must move
-    gflop_s: float  # of the operations of its formula
-    of_limit: float  # of limit_gb_s
-    limit_gb_s: float  # of the copy that was measured beside this case
-    ours_is_faster_by: float  # this candidate's time over ours
-    peak_mb: float  # allocated during a call at the most, its results included
-
-    @property
-    def key(self) -> tuple[str, str, str, int]:
-        """What was measured, whoever computed it."""
-        return self.case, self.dtype, self.shape, self.threads
-
-    def __str__(self) -> str:
-        where = f" {self.threads} threads" if self.threads else ""
-        return (
-            f"{self.case} {self.dtype}{where}, {self.candidate}: {self.median_ms:.2f} ms, {self.gb_s:.1f} GB/s, "
-            f"{self.of_limit:.2f} of copy, {self.ours_is_faster_by:.2f} x ours, {self.peak_mb:.0f} MB"
-        )
-
-
-@dataclass(frozen=True)
-class Ceiling:
-    """What this device can do at the best: `copy` in GB/s read and written, `matmul` in GFLOP/s."""
-
-    name: str
-    dtype: str
-    threads: int
-    value: float
-    how: str
-
-
-@dataclass(frozen=True)
-class Node:
-    """All that was measured on one node."""
-
-    device: str
-    host: str
-    date: str
-    torch: str
-    commit: str
-    ceilings: tuple[Ceiling, ...]
-    rows: tuple[Row, ...]
-    small: bool = False  # sizes that try the command out
 
 
 def keep_freed_memory() -> None:
@@ -243,115 +175,3 @@ def make_node(device: torch.device, ceilings: Sequence[Ceiling], rows: Sequence[
         rows=tuple(rows),
         small=small,
     )
-
-
-def merged(now: Node, earlier: Node) -> Node:
-    """`now`, and what `earlier` measured on this device that `now` did not."""
-    keys = {row.key for row in now.rows}
-    rows = [*(row for row in earlier.rows if row.key not in keys), *now.rows]
-    limits = {(c.name, c.dtype, c.threads): c for c in (*earlier.ceilings, *now.ceilings)}
-    return replace(
-        now, ceilings=tuple(limits.values()), rows=tuple(sorted(rows, key=lambda r: (r.threads, r.case, r.shape)))
-    )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Files
-
-
-def write_csv(rows: Sequence[Row], path: Path) -> None:
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, [f.name for f in fields(Row)])
-    writer.writeheader()
-    writer.writerows(asdict(row) for row in rows)
-    atomic_write(path, text.getvalue())
-
-
-def write_node(node: Node, path: Path) -> None:
-    write_json(path, {"format": FORMAT, **asdict(node)})
-
-
-def read_node(path: Path) -> Node:
-    """Raises DataError for a file that is not there, or that `write_node` has not written."""
-    if not path.is_file():
-        raise DataError(f"{path}: no such file; `sorahpc profile kernels` writes one into runs/<run>/profile/kernels")
-    data = read_json(path)
-    try:
-        if data is None or data["format"] != FORMAT:
-            raise ValueError(f"a JSON mapping of format {FORMAT} expected")
-        data["rows"] = tuple(_typed(Row, row) for row in data["rows"])
-        data["ceilings"] = tuple(_typed(Ceiling, ceiling) for ceiling in data["ceilings"])
-        node: Node = _typed(Node, data)
-        copies_of = [c.threads for c in node.ceilings if c.name == "copy"]
-        for threads in sorted({r.threads for r in node.rows} | {c.threads for c in node.ceilings}):
-            if copies_of.count(threads) != 1:
-                raise ValueError(f"one copy with {threads} threads expected, found {copies_of.count(threads)}")
-        return node
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        reason = f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
-        raise DataError(
-            f"{path}: not what `sorahpc profile kernels` writes ({reason}); remove it, and measure again"
-        ) from None
-
-
-# What must be a word or above 0; other texts may be empty, other numbers 0.
-_NEEDED = {"device", "case", "dtype", "shape", "candidate", "name"}
-_POSITIVE = {"median_ms", "p10_ms", "p90_ms", "limit_gb_s", "value"}
-
-
-def _typed(cls: type[Any], data: dict[str, Any]) -> Any:
-    """An object of `cls`; ValueError for a field that no measurement has."""
-    for field in fields(cls):
-        value, kind = data[field.name], str(field.type)
-        if kind == "str":
-            good = isinstance(value, str) and (bool(value.strip()) or field.name not in _NEEDED)
-        elif kind == "bool":
-            good = isinstance(value, bool)
-        elif kind == "float":  # the page divides by some and takes logarithms
-            good = type(value) in (int, float) and math.isfinite(value)
-            good = good and (1e-12 <= value <= 1e15 or (value == 0 and field.name not in _POSITIVE))
-        elif kind == "int":
-            good = type(value) is int and 0 <= value <= 1e6
-        else:
-            good = isinstance(value, tuple)
-        if not good:
-            raise ValueError(f"{field.name}: {str(value)[:40]!r}")
-    return cls(**{f.name: data[f.name] for f in fields(cls)})
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Against a baseline
-
-NO_ROW = (
-    "has no row of the case, dtype, shape and threads of one measured now; measure a new baseline with these settings"
-)
-
-
-@dataclass(frozen=True)
-class Change:
-    """One of our rows against the same row of a baseline."""
-
-    row: Row
-    before_ms: float
-
-    @property
-    def slower_by(self) -> float:
-        """0.1: takes 10 % longer than before."""
-        return self.row.median_ms / self.before_ms - 1
-
-
-def compare(now: Node, before: Node) -> list[Change]:
-    """Our ops in both, the worst change first.
-
-    Raises:
-        DataError: the baseline has no row of the same case, dtype, shape and threads.
-    """
-
-    def ours(node: Node) -> dict[tuple[str, str, str, int], Row]:
-        return {r.key: r for r in node.rows if r.candidate == OURS}
-
-    known = ours(before)
-    changes = [Change(row, known[key].median_ms) for key, row in ours(now).items() if key in known]
-    if not changes:
-        raise DataError(f"kernels.baseline: that of {before.date} {NO_ROW}")
-    return sorted(changes, key=lambda change: -change.slower_by)
