@@ -164,12 +164,19 @@ def test_a_file_that_no_page_can_show_is_one_line(tmp_path: Path, changes: dict[
         write_profile_page([tmp_path / "r"], tmp_path / "page.html")
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1]", '{"format": 1}', '{"format": 2, "rows": [{}], "ceilings": []}'])
+@pytest.mark.parametrize("text", ["", "{", "[1]", '{"format": "1"}', '{"format": 2, "rows": [{}], "ceilings": []}'])
 def test_a_baseline_that_is_none_is_one_line(tmp_path: Path, text: str) -> None:
     (tmp_path / "b.json").write_text(text)
     with pytest.raises(DataError, match=r"b\.json: not what `sorahpc profile kernels` writes") as caught:
         read_node(tmp_path / "b.json")
     assert "\n" not in str(caught.value)
+
+
+def test_a_file_of_another_format_says_so_and_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "b.json").write_text('{"format": 1, "copies": []}')
+    expected = r"b\.json: format 2 expected, found 1, of another version of sorahpc; move it away, and measure again"
+    with pytest.raises(DataError, match=expected):
+        read_node(tmp_path / "b.json")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

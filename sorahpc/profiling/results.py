@@ -111,8 +111,14 @@ def read_node(path: Path) -> Node:
     if not path.is_file():
         raise DataError(f"{path}: no such file; `sorahpc profile kernels` writes one into runs/<run>/profile/kernels")
     data = read_json(path)
+    found = None if data is None else data.get("format")
+    if type(found) is int and 0 < found < 1000 and found != FORMAT:
+        raise DataError(
+            f"{path}: format {FORMAT} expected, found {found}, of another version of sorahpc; move it away, and "
+            "measure again with `sorahpc profile kernels`"
+        )
     try:
-        if data is None or data["format"] != FORMAT:
+        if data is None or found != FORMAT:
             raise ValueError(f"a JSON mapping of format {FORMAT} expected")
         data["rows"] = tuple(_typed(Row, row) for row in data["rows"])
         data["ceilings"] = tuple(_typed(Ceiling, ceiling) for ceiling in data["ceilings"])
