@@ -58,6 +58,10 @@ def _launch(job_name: str, config: str, overrides: list[str], cluster: str | Non
     job = describe_job(job_name)
     loaded = load_config(config, overrides, cluster)
     loaded.need(*job.sections)
+    if job.name == "profile-kernels":  # not after hours in a queue
+        from sorahpc.profiling.results import check_baseline
+
+        check_baseline(loaded.kernels, loaded.run_dir / "profile" / "kernels")
     if how["dry_run"]:
         planned = plan(loaded, job)
         _say(planned, planned["script"].rstrip("\n"), how["as_json"])

@@ -27,6 +27,16 @@ SAFE_VALUE = re.compile(r"[A-Za-z0-9._:=,@%+/\[\]-]+")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 NAMED = ("cluster", "model")  # sections that may name a file
 
+# What sorahpc.profiling.cases makes; here, so that a wrong kernels.only is known without torch.
+KERNEL_CASES = (
+    "K1 rope3d",
+    "K2 qk-norm + rope3d",
+    "K3 gated residual + norm + modulate",
+    "K4 patchify",
+    "K4 flow_patchify",
+    "K5 add_sincos3d",
+)
+
 
 def shipped_dir() -> Path:
     """Folder ``configs/`` of the checkout, or the copy that an installed package carries."""
@@ -349,6 +359,8 @@ class KernelsConfig(Section):
     def _agrees(self) -> KernelsConfig:
         if self.resources.tasks != 1:
             raise ValueError("resources.tasks: 1 (two on a node would measure each other)")
+        if not any(name.startswith(self.only) for name in KERNEL_CASES):
+            raise ValueError(f"only: the beginning of one of {', '.join(KERNEL_CASES)}, not {self.only!r}")
         if len(set(self.threads)) < len(self.threads):
             raise ValueError(f"threads: different numbers, not {list(self.threads)}")
         return self

@@ -225,9 +225,9 @@ def test_the_text_of_an_option_is_this_text(
         return 0
 
     monkeypatch.setattr("sorahpc.cli._launch", launch)
-    done = here("profile", "kernels", "--only", text, "--baseline", text, "--margin", "1e-05")
+    done = here("profile", "kernels", "--only", "K1 r", "--baseline", text, "--margin", "1e-05")
     assert (done.returncode, done.stderr) == (0, "")
-    assert (found[0].only, found[0].baseline, found[0].margin) == (text, Path(text), 1e-5)
+    assert (found[0].only, found[0].baseline, found[0].margin) == ("K1 r", Path(text), 1e-5)
 
 
 def test_options_of_profile_are_overrides_of_its_sections(tmp_path: Path, here: Callable[..., Done]) -> None:
@@ -250,6 +250,10 @@ def test_options_of_profile_are_overrides_of_its_sections(tmp_path: Path, here: 
         (["train", config, "--tool", "gdb"], "profile.tool: expected 'torch', 'nsys' or 'ncu', found \"gdb\""),
         (["kernels", "--margin", "-1"], "kernels.margin: expected greater than or equal to 0, found -1"),
         (["kernels", "--baseline", "nowhere.json", "--dry-run=x"], "--dry-run"),
+        (
+            ["kernels", "--only", "K9"],
+            "kernels.only: expected the beginning of one of K1 rope3d, K2 qk-norm + rope3d, ",
+        ),
         (
             ["kernels", "kernels.threads=[1,2,1]", "--dry-run"],
             "kernels.threads: expected different numbers, not [1, 2, 1]",

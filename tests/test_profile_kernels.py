@@ -7,6 +7,8 @@ import dataclasses
 import json
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,8 @@ from typing import Any
 import pytest
 import torch
 
-from sorahpc import ops
-from sorahpc.config import parse_config
+from sorahpc import cli, ops
+from sorahpc.config import KERNEL_CASES, parse_config
 from sorahpc.errors import ConfigError, DataError, NumericsError, SlowerError, SoraHPCError, Stopped
 from sorahpc.jobs import kernels
 from sorahpc.page import roofline
@@ -315,9 +317,65 @@ def test_a_stopped_measurement_leaves_nothing(tmp_path: Path) -> None:
     assert not (config.run_dir / "profile").exists()
 
 
-def test_an_unknown_case_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"kernels.only: the beginning of one of K1 rope3d, .* found 'K9'"):
-        run(tmp_path, only="K9")
+def test_the_config_knows_the_cases() -> None:
+    assert tuple(CASES) == KERNEL_CASES
+
+
+def write_baselines(folder: Path) -> None:
+    write_node(make_node(rows=(make_row(1.0),)), folder / "b.json")
+    (folder / "old.json").write_text('{"format": 1, "rows": []}')
+    (folder / "text.json").write_text("hello")
+    (folder / "empty").mkdir()
+    write_node(make_node(rows=(make_row(1.0),)), folder / "runs/p/profile/kernels/a.json")
+    (folder / "link").symlink_to("runs/p/profile/kernels/a.json")
+
+
+@pytest.mark.parametrize(
+    ("baseline", "changes", "expected"),
+    [
+        ("nowhere.json", {}, "nowhere.json: no such file; `sorahpc profile kernels` writes one into"),
+        ("text.json", {}, "text.json: not what `sorahpc profile kernels` writes "),
+        ("old.json", {}, "old.json: format 2 expected, found 1, of another version of sorahpc; move it away, and mea"),
+        ("b.json", {"small": True}, "b.json has no row of the case, dtype, shape and threads of one measured now; mea"),
+        ("b.json", {"only": "K5"}, "b.json has no row of the case"),
+        ("empty", {}, "empty: no <device>.json in this folder; `sorahpc profile kernels` writes one into"),
+        (".", {"small": True}, ".: no <device>.small.json in this folder"),
+        (
+            "runs/p/profile/kernels",
+            {},
+            "runs/p/profile/kernels is the folder that this run writes into; copy it elsewhere, or",
+        ),
+        ("link", {}, "link is the file that this run writes; copy it elsewhere, or measure under another run=NAME"),
+    ],
+)
+def test_a_baseline_that_can_never_serve_is_refused_before_anything_is_submitted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, baseline: str, changes: dict[str, Any], expected: str
+) -> None:
+    write_baselines(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sorahpc.cluster.launch.launch", lambda *_, **__: pytest.fail("submitted"))
+    overrides = [f"kernels.{key}={value}" for key, value in changes.items()]
+    with pytest.raises(ConfigError) as caught:
+        cli._launch("profile-kernels", "profile", ["run=p", f"kernels.baseline={baseline}", *overrides], "slurm",
+                    dry_run=False, as_json=False, wait=False)  # fmt: skip
+    assert str(caught.value).startswith(f"kernels.baseline: {expected}") and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("baseline", ["b.json", "."])
+def test_a_baseline_that_may_serve_goes_with_the_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, baseline: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_baselines(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["profile", "kernels", "run=p", "--baseline", baseline, "--cluster", "slurm", "--dry-run"]) == 0
+    assert "#SBATCH" in capsys.readouterr().out
+
+
+def test_a_baseline_is_looked_at_without_torch(tmp_path: Path) -> None:
+    write_baselines(tmp_path)
+    code = "import sys; from sorahpc import cli; assert cli.main(sys.argv[1:]) == 0; assert 'torch' not in sys.modules"
+    command = ["profile", "kernels", "run=p", "--baseline", "b.json", "--cluster", "slurm", "--dry-run"]
+    subprocess.run([sys.executable, "-c", code, *command], cwd=tmp_path, check=True, stdout=subprocess.DEVNULL)
 
 
 def test_without_kernels_there_is_nothing_to_measure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

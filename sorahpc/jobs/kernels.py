@@ -11,15 +11,16 @@ Measured again, a case replaces what the run has of it; what is not measured aga
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import torch
 
 from sorahpc import ops
 from sorahpc.config import Config, KernelsConfig
-from sorahpc.errors import ConfigError, DataError, SetupError, SlowerError, Stopped
+from sorahpc.errors import DataError, SetupError, SlowerError, Stopped
 from sorahpc.profiling import results, timing
 from sorahpc.profiling.cases import CASES, kernel_cases
-from sorahpc.profiling.machine import device_name, slug
+from sorahpc.profiling.machine import device_name
 from sorahpc.profiling.page import write_profile_page
 from sorahpc.profiling.results import OURS
 from sorahpc.runs import Task
@@ -31,35 +32,18 @@ def profile(config: Config, task: Task) -> None:
     """Measure, write, and compare with `kernels.baseline` where one is given.
 
     Raises:
-        ConfigError: no case of that name. SetupError: the kernels are not built for this device. DataError: a baseline
-        that can't be read or is of another device, or an earlier file of this run that can't be read. NumericsError: a
-        candidate computes something else. Stopped: on request; nothing is written. SlowerError: an op is slower than
-        the baseline by more than the margin.
+        ConfigError: the baseline is what this run writes. SetupError: the kernels are not built for this device.
+        DataError: a baseline that can't be read or is of another device, or an earlier file of this run that can't be
+        read. NumericsError: a candidate computes something else. Stopped: on request; nothing is written. SlowerError:
+        an op is slower than the baseline by more than the margin.
     """
     wanted = config.kernels
-    if not any(name.startswith(wanted.only) for name in CASES):
-        raise ConfigError(f"kernels.only: the beginning of one of {', '.join(CASES)} expected, found {wanted.only!r}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if any(bodies[device.type] != "compiled" for bodies in ops.backend()["ops"].values()):
         raise SetupError(f"kernels: not built for {device.type}, so there is nothing to measure; run `make build` here")
     folder = config.run_dir / "profile"
-    target = folder / "kernels" / f"{slug(device)}{'.small' if wanted.small else ''}.json"
-    before = None
-    if wanted.baseline is not None:
-        path = wanted.baseline / target.name if wanted.baseline.is_dir() else wanted.baseline
-        if path.exists() and target.exists() and path.samefile(target):  # each slower measurement would become the norm
-            raise ConfigError(
-                f"kernels.baseline: {path} is the file that this run writes; copy it elsewhere, or measure under "
-                "another run=NAME"
-            )
-        before = results.read_node(path)
-        if before.device != device_name(device):
-            raise DataError(f"kernels.baseline: expected one of {device_name(device)}, found one of {before.device}")
-        threads = _turns(wanted) if device.type == "cpu" else (0,)
-        same = [r for r in before.rows if r.threads in threads and r.case.startswith(wanted.only)]
-        if before.small != wanted.small or not any(row.candidate == OURS for row in same):
-            raise DataError(f"kernels.baseline: {path} {results.NO_ROW}")
-
+    target = folder / "kernels" / results.file_name(device_name(device), wanted.small)
+    before = _baseline(wanted, target, device) if wanted.baseline is not None else None
     earlier = results.read_node(target) if target.is_file() else None
 
     timing.keep_freed_memory()
@@ -74,6 +58,18 @@ def profile(config: Config, task: Task) -> None:
         log.warning("no page: %s", error)
     if before is not None:
         _judge(node, before, wanted.margin)
+
+
+def _baseline(wanted: KernelsConfig, target: Path, device: torch.device) -> results.Node:
+    assert wanted.baseline is not None
+    path = wanted.baseline / target.name if wanted.baseline.is_dir() else wanted.baseline
+    results.refuse_own(path, target)
+    before = results.read_node(path)
+    if before.device != device_name(device):
+        raise DataError(f"kernels.baseline: expected one of {device_name(device)}, found one of {before.device}")
+    if not results.fits(before, wanted, _turns(wanted) if device.type == "cpu" else (0,)):
+        raise DataError(f"kernels.baseline: {path} {results.NO_ROW}")
+    return before
 
 
 def _turns(wanted: KernelsConfig) -> tuple[int, ...]:

@@ -8,12 +8,16 @@ import re
 import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
+        import torch  # here, so that names of files are known without it
+
         return torch.cuda.get_device_name(device)
     for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []:
         if line.startswith("model name"):
@@ -35,5 +39,10 @@ def commit_of_this() -> str:
 
 
 def slug(device: torch.device) -> str:
-    """The device's name for files: small letters, digits and dashes."""
-    return re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
+    """The device's name for files."""
+    return slug_of(device_name(device))
+
+
+def slug_of(name: str) -> str:
+    """Small letters, digits and dashes."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")

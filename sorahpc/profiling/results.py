@@ -12,7 +12,9 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from sorahpc.errors import DataError
+from sorahpc.config import KernelsConfig
+from sorahpc.errors import ConfigError, DataError
+from sorahpc.profiling.machine import slug_of
 from sorahpc.runs import atomic_write, read_json, write_json
 
 FORMAT = 2
@@ -135,6 +137,11 @@ def read_node(path: Path) -> Node:
         ) from None
 
 
+def file_name(device: str, small: bool) -> str:
+    """Of what was measured on a device, in the folder `kernels` of a run's profile."""
+    return f"{slug_of(device)}{'.small' if small else ''}.json"
+
+
 # What must be a word or above 0; other texts may be empty, other numbers 0.
 _NEEDED = {"device", "case", "dtype", "shape", "candidate", "name"}
 _POSITIVE = {"median_ms", "p10_ms", "p90_ms", "limit_gb_s", "value"}
@@ -166,6 +173,49 @@ def _typed(cls: type[Any], data: dict[str, Any]) -> Any:
 NO_ROW = (
     "has no row of the case, dtype, shape and threads of one measured now; measure a new baseline with these settings"
 )
+
+
+def check_baseline(wanted: KernelsConfig, folder: Path) -> None:
+    """What can be said of `kernels.baseline` where the device that will be measured is not known yet.
+
+    Args:
+        folder: that this run writes into.
+
+    Raises:
+        ConfigError: it is not there, can't be read, fits no measurement with this config, or is what this run writes.
+    """
+    path = wanted.baseline
+    if path is None:
+        return
+    if path.is_dir():
+        refuse_own(path, folder)
+        if not any(f.name.endswith(".small.json") == wanted.small for f in path.glob("*.json")):
+            name = "<device>.small.json" if wanted.small else "<device>.json"
+            raise ConfigError(
+                f"kernels.baseline: {path}: no {name} in this folder; `sorahpc profile kernels` writes one into "
+                "runs/<run>/profile/kernels"
+            )
+        return
+    try:
+        node = read_node(path)
+    except DataError as error:
+        raise ConfigError(f"kernels.baseline: {error}") from None
+    refuse_own(path, folder / file_name(node.device, node.small))
+    if not fits(node, wanted):
+        raise ConfigError(f"kernels.baseline: {path} {NO_ROW}")
+
+
+def refuse_own(path: Path, own: Path) -> None:
+    """Raises ConfigError for a baseline that the run itself writes: each slower measurement would become the norm."""
+    if path.exists() and own.exists() and path.samefile(own):
+        what = "is the folder that this run writes into" if own.is_dir() else "is the file that this run writes"
+        raise ConfigError(f"kernels.baseline: {path} {what}; copy it elsewhere, or measure under another run=NAME")
+
+
+def fits(before: Node, wanted: KernelsConfig, threads: Sequence[int] = ()) -> bool:
+    """Whether a baseline has a row of ours of a case that is wanted, with one of these threads where any are named."""
+    rows = [r for r in before.rows if r.candidate == OURS and r.case.startswith(wanted.only)]
+    return before.small == wanted.small and any(not threads or r.threads in threads for r in rows)
 
 
 @dataclass(frozen=True)
