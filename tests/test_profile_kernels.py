@@ -63,6 +63,36 @@ def test_a_peer_that_computes_something_else_is_not_timed() -> None:
         list(measure([make_case(0.1)], CPU, repeats=3))
 
 
+def fails(*_: Any) -> torch.Tensor:
+    raise RuntimeError("no kernel image\n for this device")
+
+
+def test_a_peer_that_cannot_be_called_is_left_out_and_said_and_ours_is_not(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    case = make_case()
+    case.calls |= {"broken": fails, "broken when timed": fails}
+    case.results["broken when timed"] = case.calls["eager"]
+    assert [row.candidate for row in measure([case], CPU, repeats=3)] == [OURS, "eager"]
+    reason = "RuntimeError: no kernel image for this device"
+    assert case.left_out == {"broken": reason, "broken when timed": reason}
+    told = [record.getMessage() for record in caplog.records]
+    assert told == [f"K0 twice float32: `{name}` is left out: {reason}" for name in case.left_out]
+    case.calls[OURS] = fails
+    with pytest.raises(RuntimeError, match="no kernel image"):
+        list(measure([case], CPU, repeats=3))
+
+
+@pytest.mark.parametrize("result", [lambda: torch.ones(1), lambda: (torch.full((1000,), 2.0), torch.ones(1000))])
+def test_a_peer_with_results_of_other_shapes_is_not_timed(result: Any) -> None:
+    case = make_case()
+    case.calls["other"] = result
+    with pytest.raises(
+        NumericsError, match=r"K0 twice torch.float32: `other` returns .*, expected as `sorahpc` \(1000,"
+    ):
+        check(case)
+
+
 def test_rows_hold_medians_of_all_candidates_and_survive_as_csv_and_json(tmp_path: Path) -> None:
     rows = list(measure([make_case()], CPU, repeats=5))
     assert [row.candidate for row in rows] == [OURS, "eager"]
@@ -247,6 +277,29 @@ def test_what_is_not_measured_again_stays(tmp_path: Path, monkeypatch: pytest.Mo
     copy = Ceiling("copy", "any", 2, 1.0, "memcpy")
     node = merged(make_node(rows=(second,)), make_node(rows=(first, second, other), ceilings=(copy,)))
     assert node.rows == (first, second, other) and copy in node.ceilings and len(node.ceilings) == 3
+
+
+@pytest.mark.usefixtures("one_case")
+def test_the_page_says_what_is_left_out_until_it_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = make_case()
+    case.calls["Liger"] = fails
+    monkeypatch.setattr(kernels, "kernel_cases", lambda *_: iter([case]))
+    folder = run(tmp_path)
+    file, page = folder / f"{slug(CPU)}.json", folder.parent / "index.html"
+    (out,) = read_node(file).left_out
+    assert (out.case, out.dtype, out.threads, out.candidate) == ("K0 twice", "float32", 1, "Liger")
+    expected = 'Liger</th><td colspan="7">left out: RuntimeError: no kernel image for this device</td>'
+    assert expected in page.read_text()
+    monkeypatch.setattr(kernels, "kernel_cases", lambda *_: iter([make_case(name="K1 other")]))
+    run(tmp_path)
+    assert expected in page.read_text(), "what is not measured again stays"
+    monkeypatch.setattr(kernels, "kernel_cases", lambda *_: iter([make_case()]))
+    run(tmp_path)
+    assert "left out" not in page.read_text()
+    data = json.loads(file.read_text())
+    del data["left_out"]
+    file.write_text(json.dumps(data))
+    assert read_node(file).left_out == (), "of an earlier version"
 
 
 @pytest.mark.usefixtures("one_case")

@@ -80,6 +80,7 @@ def _turns(wanted: KernelsConfig) -> tuple[int, ...]:
 def _measure(wanted: KernelsConfig, device: torch.device, task: Task) -> results.Node:
     ceilings: list[results.Ceiling] = []
     rows: list[results.Row] = []
+    left_out: list[results.LeftOut] = []
     turns = _turns(wanted) if device.type == "cpu" else (1,)
     total = len(turns) * 2 * sum(name.startswith(wanted.only) for name in CASES)
     done = 0
@@ -95,11 +96,12 @@ def _measure(wanted: KernelsConfig, device: torch.device, task: Task) -> results
                 for row in timing.measure([case], device, wanted.repeats):
                     rows.append(row)
                     log.info("%s", row)
+                left_out += timing.left_out(case, device)
                 done += 1
         task.report(done, total, "case")
     finally:
         torch.set_num_threads(before)
-    return timing.make_node(device, ceilings, rows, wanted.small)
+    return timing.make_node(device, ceilings, rows, wanted.small, left_out)
 
 
 def _judge(node: results.Node, before: results.Node, margin: float) -> None:

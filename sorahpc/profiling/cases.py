@@ -45,6 +45,7 @@ class Case:
         tolerance: what a candidate computes may differ from ours by this share of its norm.
         results: name -> what to compare with ours, of the candidates that don't return it when they are timed.
         compared: so many of the results, from the first, where a peer loses the others.
+        left_out: name -> why, of the peers that `timing.check` took out of `calls`.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Case:
     tolerance: float
     results: dict[str, Callable[[], Outputs]] = field(default_factory=dict)
     compared: int | None = None
+    left_out: dict[str, str] = field(default_factory=dict)
 
     def result(self, name: str) -> tuple[Tensor, ...]:
         out = self.results.get(name, self.calls[name])()

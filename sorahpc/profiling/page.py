@@ -89,8 +89,11 @@ def _node(node: Node) -> str:
         + "</p>"
     )
     rows = []
-    for _, group in groupby(node.rows, key=lambda r: r.key):
+    for key, group in groupby(node.rows, key=lambda r: r.key):
         rows += _case(list(group))
+        for missing in (out for out in node.left_out if out.key == key):
+            cells = f'<th scope="row">{esc(missing.candidate)}</th><td colspan="7">left out: {esc(missing.reason)}</td>'
+            rows.append(f"<tr>{cells}</tr>")
     head = ("", "ms", "10 to 90 %", "GB/s", "of copy", "", "time / ours", "peak MB")
     return "\n".join([*out, _table(head, rows)])
 

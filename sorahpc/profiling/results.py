@@ -69,6 +69,22 @@ class Ceiling:
 
 
 @dataclass(frozen=True)
+class LeftOut:
+    """A candidate that a case has no row of, and why."""
+
+    case: str
+    dtype: str
+    shape: str
+    threads: int
+    candidate: str
+    reason: str
+
+    @property
+    def key(self) -> tuple[str, str, str, int]:
+        return self.case, self.dtype, self.shape, self.threads
+
+
+@dataclass(frozen=True)
 class Node:
     """All that was measured on one node."""
 
@@ -80,6 +96,7 @@ class Node:
     ceilings: tuple[Ceiling, ...]
     rows: tuple[Row, ...]
     small: bool = False  # sizes that try the command out
+    left_out: tuple[LeftOut, ...] = ()
 
 
 def merged(now: Node, earlier: Node) -> Node:
@@ -87,8 +104,12 @@ def merged(now: Node, earlier: Node) -> Node:
     keys = {row.key for row in now.rows}
     rows = [*(row for row in earlier.rows if row.key not in keys), *now.rows]
     limits = {(c.name, c.dtype, c.threads): c for c in (*earlier.ceilings, *now.ceilings)}
+    left_out = [*(out for out in earlier.left_out if out.key not in keys), *now.left_out]
     return replace(
-        now, ceilings=tuple(limits.values()), rows=tuple(sorted(rows, key=lambda r: (r.threads, r.case, r.shape)))
+        now,
+        ceilings=tuple(limits.values()),
+        rows=tuple(sorted(rows, key=lambda r: (r.threads, r.case, r.shape))),
+        left_out=tuple(left_out),
     )
 
 
@@ -124,6 +145,7 @@ def read_node(path: Path) -> Node:
             raise ValueError(f"a JSON mapping of format {FORMAT} expected")
         data["rows"] = tuple(_typed(Row, row) for row in data["rows"])
         data["ceilings"] = tuple(_typed(Ceiling, ceiling) for ceiling in data["ceilings"])
+        data["left_out"] = tuple(_typed(LeftOut, out) for out in data.get("left_out", []))  # files before it have none
         node: Node = _typed(Node, data)
         copies_of = [c.threads for c in node.ceilings if c.name == "copy"]
         for threads in sorted({r.threads for r in node.rows} | {c.threads for c in node.ceilings}):

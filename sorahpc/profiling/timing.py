@@ -6,6 +6,7 @@ Every figure is a median over runs in which all candidates take turns: a slow mo
 from __future__ import annotations
 
 import ctypes
+import logging
 import socket
 import statistics
 import time
@@ -18,7 +19,9 @@ from sorahpc.ops import stream_copy
 from sorahpc.profiling.cases import Case
 from sorahpc.profiling.machine import commit_of_this, device_name, now_utc
 from sorahpc.profiling.record import peak_bytes
-from sorahpc.profiling.results import OURS, Ceiling, Node, Row
+from sorahpc.profiling.results import OURS, Ceiling, LeftOut, Node, Row
+
+log = logging.getLogger(__name__)
 
 COPY_BYTES = 256 << 20  # beyond any cache
 FLUSH_BYTES = 256 << 20  # on a GPU, between two runs: beyond its L2
@@ -104,21 +107,34 @@ def ceilings(device: torch.device, repeats: int) -> Iterator[Ceiling]:
 
 
 def check(case: Case) -> None:
-    """Every candidate computes what ours does, before any is timed.
+    """Every candidate computes what ours does, before any is timed. A peer that can't be called is left out.
 
     Raises:
-        NumericsError: one does not.
+        NumericsError: one computes something else.
     """
     ours = case.result(OURS)
-    for name in case.calls:
-        if name == OURS:
+    for name in [name for name in case.calls if name != OURS]:
+        try:
+            found = case.result(name)
+            if name in case.results:  # what is timed is another call
+                case.calls[name]()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()  # or a fault of its kernels would be told of the next candidate
+        except Exception as error:  # any: it is the code of others
+            case.left_out[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            del case.calls[name]
+            log.warning("%s %s: `%s` is left out: %s", case.name, dtype_name(case.dtype), name, case.left_out[name])
             continue
-        for i, (a, b) in enumerate(zip(case.result(name), ours, strict=True)):
+        what = f"profile: {case.name} {case.dtype}"
+        if [x.shape for x in found] != [x.shape for x in ours]:
+            shapes = [" and ".join(str(tuple(x.shape)) for x in results) for results in (found, ours)]
+            raise NumericsError(f"{what}: `{name}` returns {shapes[0]}, expected as `{OURS}` {shapes[1]}")
+        for i, (a, b) in enumerate(zip(found, ours, strict=True)):
             difference = float((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-30))
             if not difference <= case.tolerance:
                 raise NumericsError(
-                    f"profile: {case.name} {case.dtype}: result {i} of `{name}` differs from that of `{OURS}` by "
-                    f"{difference:.1e} of its norm, expected at most {case.tolerance:.0e}"
+                    f"{what}: result {i} of `{name}` differs from that of `{OURS}` by {difference:.1e} of its norm, "
+                    f"expected at most {case.tolerance:.0e}"
                 )
 
 
@@ -164,7 +180,19 @@ def measure(cases: Iterable[Case], device: torch.device, repeats: int) -> Iterat
             )
 
 
-def make_node(device: torch.device, ceilings: Sequence[Ceiling], rows: Sequence[Row], small: bool = False) -> Node:
+def left_out(case: Case, device: torch.device) -> list[LeftOut]:
+    """The peers that `measure` has left out of a case."""
+    names = case.name, dtype_name(case.dtype), case.shape, threads_of(device)
+    return [LeftOut(*names, name, reason) for name, reason in case.left_out.items()]
+
+
+def make_node(
+    device: torch.device,
+    ceilings: Sequence[Ceiling],
+    rows: Sequence[Row],
+    small: bool = False,
+    left_out: Sequence[LeftOut] = (),
+) -> Node:
     return Node(
         device=device_name(device),
         host=socket.gethostname(),
@@ -174,4 +202,5 @@ def make_node(device: torch.device, ceilings: Sequence[Ceiling], rows: Sequence[
         ceilings=tuple(ceilings),
         rows=tuple(rows),
         small=small,
+        left_out=tuple(left_out),
     )
