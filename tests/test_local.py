@@ -101,7 +101,8 @@ def test_a_failure_inline_is_told_once(tmp_path: Path, fault: str, code: int, ex
     ("job", "told"),
     [
         ("train", "stopped, progress saved; the same command goes on from here"),
-        ("profile-kernels", "stopped, nothing of it is kept; the same command begins anew"),
+        ("profile-train", "stopped, nothing of it is kept; the same command begins anew"),
+        ("profile-kernels", "stopped, the cases measured so far are kept; the same command begins anew"),
     ],
 )
 def test_a_stop_says_what_is_kept(tmp_path: Path, job: str, told: str) -> None:

@@ -36,7 +36,7 @@ from sorahpc.profiling.results import (
     write_node,
 )
 from sorahpc.profiling.timing import check, copies, copy_limit, interleaved_times, matmul_limit, measure
-from sorahpc.runs import Task
+from sorahpc.runs import Task, write_json
 
 CPU = torch.device("cpu")
 
@@ -363,11 +363,118 @@ def test_a_damaged_file_of_another_job_costs_the_page_and_not_the_measurement(
 
 
 @pytest.mark.usefixtures("one_case")
-def test_a_stopped_measurement_leaves_nothing(tmp_path: Path) -> None:
+def test_a_measurement_that_is_stopped_at_once_leaves_nothing(tmp_path: Path) -> None:
     config = parse_config({"run": "p", "runs_dir": str(tmp_path)})
-    with pytest.raises(Stopped, match="after 0 of 12 cases; none is kept"):
+    with pytest.raises(Stopped, match=r"after 0 of 12 cases$"):
         kernels.profile(config, Task(config.run_dir, "profile-kernels", stop_requested=lambda: True))
     assert not (config.run_dir / "profile").exists()
+
+
+class Lives:
+    """A job of three cases, of which some lives measure only some."""
+
+    def __init__(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        data = {"run": "p", "runs_dir": str(tmp_path / "runs"), "kernels": {"repeats": 3, "threads": [1]}}
+        self.config, self.measured = parse_config(data), list[str]()
+        self.folder = self.config.run_dir / "profile/kernels"
+        self.file = self.folder / f"{slug(CPU)}.json"
+        original = kernels.timing.measure
+        self.fail_at = ""
+
+        def measure(cases: list[Case], device: torch.device, repeats: int) -> Iterator[Row]:
+            if cases[0].name == self.fail_at:
+                raise KeyboardInterrupt
+            self.measured.append(cases[0].name)
+            return original(cases, device, repeats)
+
+        monkeypatch.setattr(kernels.timing, "measure", measure)
+        monkeypatch.setattr(kernels.timing, "ceilings", lambda *_: make_node().ceilings)
+        monkeypatch.setattr(kernels, "kernel_cases", lambda *_: iter([make_case(name=f"K{i} x") for i in (1, 2, 3)]))
+        self.launch(1.0)
+
+    def launch(self, at: float) -> None:
+        write_json(self.config.run_dir / "jobs/profile-kernels/launch.json", {"kind": "slurm", "time": at})
+
+    def live(self, restart: int, stop_after: int = 99) -> list[str]:
+        """Names of the cases that are measured."""
+        self.measured.clear()
+        stop = lambda: len(self.measured) >= stop_after  # noqa: E731
+        task = Task(self.config.run_dir, "profile-kernels", restart=restart, stop_requested=stop)
+        kernels.profile(self.config, task)
+        return self.measured
+
+
+def test_a_stopped_measurement_keeps_its_cases_and_a_requeued_one_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    lives = Lives(tmp_path, monkeypatch)
+    with pytest.raises(Stopped, match=rf"stopped on request after 1 of 12 cases, which are in .*/{lives.file.name}$"):
+        lives.live(restart=0, stop_after=1)
+    assert [row.case for row in read_node(lives.file).rows] == ["K1 x"] * 2
+    assert lives.file.with_suffix(".csv").read_text().count("K1 x") == 2
+    assert "K1 x" in (lives.folder.parent / "index.html").read_text()
+    first = read_node(lives.file).rows
+    with pytest.raises(Stopped, match="after 2 of 12 cases, which are in"):
+        lives.live(restart=1, stop_after=1)
+    assert lives.measured == ["K2 x"]
+    with caplog.at_level("INFO"):
+        assert lives.live(restart=2) == ["K3 x"]
+    assert "requeued: 2 cases were measured before on this node, and are not again" in caplog.text
+    assert lives.live(restart=3) == []
+    node = read_node(lives.file)
+    assert [row.case for row in node.rows[::2]] == ["K1 x", "K2 x", "K3 x"] and node.rows[:2] == first
+
+
+def test_what_a_crash_leaves_is_kept_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lives = Lives(tmp_path, monkeypatch)
+    lives.fail_at = "K3 x"
+    with pytest.raises(KeyboardInterrupt):
+        lives.live(restart=0)
+    (lives.folder / f".{lives.file.name}.host.1.2.tmp").write_text("half")
+    assert [row.case for row in read_node(lives.file).rows[::2]] == ["K1 x", "K2 x"]
+    lives.fail_at = ""
+    assert lives.live(restart=1) == ["K3 x"]
+    assert not list(lives.folder.glob(".*")), "what a killed writer left aside"
+
+
+@pytest.mark.parametrize(
+    "change", ["new launch", "launched again", "other node", "other device", "file gone", "damaged"]
+)
+def test_all_is_measured_anew_unless_it_is_the_same_job_on_the_same_node(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    lives = Lives(tmp_path, monkeypatch)
+    with pytest.raises(Stopped):
+        lives.live(restart=0, stop_after=2)
+    if change == "launched again":
+        lives.launch(2.0)
+    elif change == "other node":
+        monkeypatch.setattr("socket.gethostname", lambda: "node9")
+    elif change == "other device":
+        monkeypatch.setattr(kernels, "device_name", lambda _: "B")
+    elif change == "file gone":
+        lives.file.unlink()
+    elif change == "damaged":
+        (lives.config.run_dir / "jobs/profile-kernels/measured.json").write_text("{")
+    assert lives.live(restart=0 if change == "new launch" else 1) == ["K1 x", "K2 x", "K3 x"]
+
+
+def test_the_baseline_is_held_to_what_the_job_measured_before_it_was_requeued(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lives = Lives(tmp_path, monkeypatch)
+    lives.live(restart=0)
+    node = read_node(lives.file)
+    faster = tuple(dataclasses.replace(row, median_ms=row.median_ms / 1e4) for row in node.rows)
+    write_node(dataclasses.replace(node, rows=faster), tmp_path / "faster.json")
+    wanted = lives.config.kernels.model_copy(update={"baseline": tmp_path / "faster.json"})
+    lives.config = lives.config.model_copy(update={"kernels": wanted})
+    with pytest.raises(Stopped):
+        lives.live(restart=0, stop_after=2)
+    with pytest.raises(SlowerError) as caught:
+        lives.live(restart=1)
+    assert lives.measured == ["K3 x"]
+    assert [f"K{i} x float32" in str(caught.value) for i in (1, 2, 3)] == [True] * 3
 
 
 def test_the_config_knows_the_cases() -> None:

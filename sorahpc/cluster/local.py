@@ -141,8 +141,9 @@ def tell_end(
         What was told of the failed ones.
     """
     if not failed:
-        # A measurement that was interrupted is none.
+        # A measurement that was interrupted is none; that of the kernels is one a case.
         what = "nothing of it is kept" if folder.job.startswith("profile-") else "progress saved"
+        what = "the cases measured so far are kept" if folder.job == "profile-kernels" else what
         again = "begins anew" if folder.job.startswith("profile-") else "goes on from here"
         print(f"sorahpc: {folder.job}: stopped, {what}; the same command {again}", file=stream)
         return ""

@@ -180,10 +180,14 @@ def measure(cases: Iterable[Case], device: torch.device, repeats: int) -> Iterat
             )
 
 
+def key_of(case: Case, device: torch.device) -> tuple[str, str, str, int]:
+    """`Row.key` of the rows that `measure` would give now."""
+    return case.name, dtype_name(case.dtype), case.shape, threads_of(device)
+
+
 def left_out(case: Case, device: torch.device) -> list[LeftOut]:
     """The peers that `measure` has left out of a case."""
-    names = case.name, dtype_name(case.dtype), case.shape, threads_of(device)
-    return [LeftOut(*names, name, reason) for name, reason in case.left_out.items()]
+    return [LeftOut(*key_of(case, device), name, reason) for name, reason in case.left_out.items()]
 
 
 def make_node(
