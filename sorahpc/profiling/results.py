@@ -99,16 +99,22 @@ class Node:
     left_out: tuple[LeftOut, ...] = ()
 
 
+def merged_rows(now: Sequence[Row], earlier: Sequence[Row]) -> list[Row]:
+    """Cases that were measured again in place of their earlier rows, the others as they were."""
+    keys = {row.key for row in now}
+    kept = [row for row in earlier if row.key not in keys]
+    return sorted([*kept, *now], key=lambda r: (r.threads, r.case, r.shape))
+
+
 def merged(now: Node, earlier: Node) -> Node:
     """`now`, and what `earlier` measured on this device that `now` did not."""
     keys = {row.key for row in now.rows}
-    rows = [*(row for row in earlier.rows if row.key not in keys), *now.rows]
     limits = {(c.name, c.dtype, c.threads): c for c in (*earlier.ceilings, *now.ceilings)}
     left_out = [*(out for out in earlier.left_out if out.key not in keys), *now.left_out]
     return replace(
         now,
         ceilings=tuple(limits.values()),
-        rows=tuple(sorted(rows, key=lambda r: (r.threads, r.case, r.shape))),
+        rows=tuple(merged_rows(now.rows, earlier.rows)),
         left_out=tuple(left_out),
     )
 
@@ -123,6 +129,17 @@ def write_csv(rows: Sequence[Row], path: Path) -> None:
     writer.writeheader()
     writer.writerows(asdict(row) for row in rows)
     atomic_write(path, text.getvalue())
+
+
+def read_csv(path: Path) -> list[Row]:
+    """Raises DataError for a file that `write_csv` has not written."""
+    kinds = {f.name: {"int": int, "float": float}.get(str(f.type), str) for f in fields(Row)}
+    try:
+        lines = list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8"), newline=""), strict=True))
+        return [_typed(Row, {name: kind(line[name]) for name, kind in kinds.items()}) for line in lines]
+    except (OSError, csv.Error, KeyError, TypeError, ValueError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+        raise DataError(f"{path}: not a table of rows as measured here ({reason}); move it away") from None
 
 
 def write_node(node: Node, path: Path) -> None:
