@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import importlib.util
+import itertools
 import json
 import re
 import shutil
@@ -381,14 +382,15 @@ class Lives:
         self.config, self.measured = parse_config(data), list[str]()
         self.folder = self.config.run_dir / "profile/kernels"
         self.file = self.folder / f"{slug(CPU)}.json"
-        original = kernels.timing.measure
         self.fail_at = ""
+        times = itertools.count(1)
 
         def measure(cases: list[Case], device: torch.device, repeats: int) -> Iterator[Row]:
             if cases[0].name == self.fail_at:
                 raise KeyboardInterrupt
             self.measured.append(cases[0].name)
-            return original(cases, device, repeats)
+            for candidate in (OURS, "eager"):
+                yield make_row(float(next(times)), case=cases[0].name, shape=cases[0].shape, candidate=candidate)
 
         monkeypatch.setattr(kernels.timing, "measure", measure)
         monkeypatch.setattr(kernels.timing, "ceilings", lambda *_: make_node().ceilings)
