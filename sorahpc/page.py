@@ -151,30 +151,40 @@ def roofline(
     ridge = best / bandwidth_gb_s
     slope = f"M{px(x0):.1f} {py(x0 * bandwidth_gb_s):.1f}L{px(ridge):.1f} {py(best):.1f}"
     parts.append(f'<path class="bold" d="{slope}"/>')
+    roofs: list[Box] = [
+        _around(px(x0 * (ridge / x0) ** (i / 200)), py(x0 * (ridge / x0) ** (i / 200) * bandwidth_gb_s), 4)
+        for i in range(201)
+    ]
     # Half way up, on the left of the slope, where no point is.
     half = math.sqrt(x0 * ridge)
     parts.append(
         f'<text x="{px(half) - 10:.1f}" y="{py(half * bandwidth_gb_s) - 6:.1f}" text-anchor="end">'
         f"copy: {bandwidth_gb_s:,.1f} GB/s</text>"
     )
+    copy_y = py(half * bandwidth_gb_s)
+    taken: list[Box] = [(px(half) - 10 - TEXT_PX * 20, copy_y - 20, px(half) - 10, copy_y)]
     for name, value in peaks:
         start = px(max(value / bandwidth_gb_s, 10.0**x_low))
         parts.append(f'<path class="bold" d="M{start:.1f} {py(value):.1f}H{width - right}"/>')
         label = f"{name}: {value:,.0f} GFLOP/s"
+        roofs.append((start, py(value) - 4, width - right, py(value) + 4))
+        roofs.append((width - right - TEXT_PX * len(label), py(value) - 18, width - right, py(value)))
         parts.append(f'<text x="{width - right}" y="{py(value) - 6:.1f}" text-anchor="end">{esc(label)}</text>')
-    taken: list[tuple[float, float]] = []
-    for name, x, y, kind in sorted(points, key=lambda point: (point[3], point[1], -point[2])):
-        at, over = px(x), py(y)
+    lines: list[Box] = []
+    inside = (left, top, width - right, height - bottom)
+    for name, x, y, kind in points:
+        taken.append(_around(px(x), py(y), 7))
         shown = f"{name}: {x:.2g} FLOP a byte, {y:,.1f} GFLOP/s"
-        parts.append(f'<circle class="{kind}" cx="{at:.1f}" cy="{over:.1f}" r="4"><title>{esc(shown)}</title></circle>')
+        parts.append(
+            f'<circle class="{kind}" cx="{px(x):.1f}" cy="{py(y):.1f}" r="4"><title>{esc(shown)}</title></circle>'
+        )
+    for name, x, y, kind in sorted(points, key=lambda point: (point[1], -point[2])):
         if kind == "solid":
-            # A name that would cover another moves down, and a line leads to it.
-            label_y = over
-            while any(abs(at - x1) < 180 and abs(label_y - y1) < 14 for x1, y1 in taken):
-                label_y += 14
-            taken.append((at, label_y))
-            parts.append(f'<path class="thin" d="M{at:.1f} {over:.1f}L{at + 12:.1f} {label_y:.1f}"/>')
-            parts.append(f'<text x="{at + 14:.1f}" y="{label_y + 4:.1f}">{esc(name)}</text>')
+            at, over = px(x), py(y)
+            label_x, label_y, path = _free_place(name, at, over, roofs, taken, lines, inside)
+            anchor = ' text-anchor="end"' if label_x < at else ""
+            parts.append(f'<path class="thin" d="{path}"/>')
+            parts.append(f'<text x="{label_x:.1f}" y="{label_y + 4:.1f}"{anchor}>{esc(name)}</text>')
     centre, middle = (left + width - right) / 2, (top + height - bottom) / 2
     parts.append(f'<text x="{centre}" y="{height - 8}" text-anchor="middle">floating-point operations a byte</text>')
     parts.append(f'<text transform="translate(16 {middle}) rotate(-90)" text-anchor="middle">GFLOP/s</text>')
@@ -182,6 +192,60 @@ def roofline(
         f"{name} {value:g} GFLOP/s" for name, value in peaks
     )
     return _figure(title, label, width, height, parts)
+
+
+Box = tuple[float, float, float, float]  # left, top, right, bottom
+TEXT_PX = 7.4  # a letter of a chart's texts is at most about this wide, on average
+
+
+def _around(x: float, y: float, by: float) -> Box:
+    return x - by, y - by, x + by, y + by
+
+
+def _free_place(
+    name: str, x: float, y: float, roofs: Sequence[Box], taken: list[Box], lines: list[Box], inside: Box
+) -> tuple[float, float, str]:
+    """Where the name of the dot at (x, y) covers nothing: the nearest place that a line leads to without crossing
+    another; else past other lines; else over what there is; else beside the dot.
+
+    Args:
+        roofs: what no name may cover; a line may.
+        taken, lines: dots and names, and the lines to these; this name and its line are added.
+
+    Returns:
+        (x of the end of the text that is nearer to the dot, y of its middle, path of the line to it).
+    """
+    width = TEXT_PX * len(name)
+
+    def text(dx: float, dy: float) -> Box:
+        ends = (x + dx, x + dx + math.copysign(width, dx))
+        return min(ends), y + dy - 8, max(ends), y + dy + 8
+
+    def line(dx: float, dy: float) -> list[Box]:
+        """Small boxes, from the dot's edge on."""
+        length = math.hypot(dx, dy)
+        return [_around(x + dx * i / length, y + dy * i / length, 1) for i in range(11, int(length) - 2, 3)]
+
+    def is_free(box: Box) -> bool:
+        fits = inside[0] <= box[0] and box[2] <= inside[2] and inside[1] <= box[1] and box[3] <= inside[3]
+        return fits and not _touch([box], [*roofs, *taken, *lines])
+
+    # Rather right than left, and rather beside the dot than above or below it.
+    tried = [(dx, dy) for dx in (12, 24, 48, 80, 120, 180, 260, -12, -24, -48, -80, -120) for dy in range(-210, 211, 7)]
+    tried.sort(key=lambda at: math.hypot(at[0] + 8 * (at[0] < 0), 1.5 * at[1]))
+    free = [at for at in tried if is_free(text(*at))] or tried[:1]
+    for others in ([*taken, *lines], taken, []):
+        place = next((at for at in free if not _touch(line(*at), others)), None)
+        if place is not None:
+            break
+    dx, dy = place or free[0]
+    taken.append(text(dx, dy))
+    lines += line(dx, dy)
+    return x + dx, y + dy, f"M{x:.1f} {y:.1f}L{x + dx - math.copysign(2, dx):.1f} {y + dy:.1f}"
+
+
+def _touch(some: Sequence[Box], others: Sequence[Box]) -> bool:
+    return any(a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3] for a in some for b in others)
 
 
 def _figure(title: str, label: str, width: int, height: int, parts: Sequence[str]) -> str:

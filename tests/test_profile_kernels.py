@@ -684,3 +684,31 @@ def test_the_roofline_shows_every_point_below_or_above_its_roof() -> None:
     assert chart.count("<circle") == 2 and 'class="hollow"' in chart and "R &lt;1&gt;" in chart
     assert "K1: 0.5 FLOP a byte, 9.0 GFLOP/s" in chart
     assert "nothing to show" in roofline("R", 20.0, [], [])
+
+
+@pytest.mark.parametrize("roofs", [(37.0, 300.0), (2400.0, 700_000.0)])
+def test_no_name_on_the_roofline_covers_a_dot_or_another_name(roofs: tuple[float, float]) -> None:
+    """Points as measured: ours near the roof, peers below, pairs of dtypes at twice the operations a byte."""
+    scale = roofs[0] / 37
+    points = []
+    for name, x, ours, peer in (
+        ("K1 rope3d", 0.375, 12.0, 8.5), ("K2 qk-norm", 1.0, 15.0, 5.6), ("K3 gated", 0.6, 15.5, 11.0),
+        ("K4 flow_patchify", 0.333, 1.75, 0.4), ("K5 add_sincos3d", 0.125, 3.8, 2.3),
+        ("K6 of tomorrow", 0.13, 3.6, 2.2),
+    ):  # fmt: skip
+        for dtype, factor in (("float32", 1), ("bfloat16", 2)):
+            points.append((f"{name} {dtype}", factor * x, factor * ours * scale, "solid"))
+            points.append((f"{name} {dtype}, eager", factor * x, factor * peer * scale, "hollow"))
+    chart = roofline("R", roofs[0], [("matmul bfloat16", roofs[1])], points)
+    dots = [(float(x), float(y)) for x, y in re.findall(r'cx="([\d.]+)" cy="([\d.]+)"', chart)]
+    texts = re.findall(r'<text x="([\d.]+)" y="([\d.]+)"( text-anchor="end")?>((?:K\d|copy|matmul)[^<]*)<', chart)
+    assert len(dots) == 24 and len(texts) == 12 + 2
+    boxes = []
+    for x_text, y_text, end, text in texts:
+        x, y, width = float(x_text), float(y_text), 6.8 * len(text)
+        boxes.append((x - width if end else x, y - 10, x if end else x + width, y + 3))
+        assert 0 < boxes[-1][0] and boxes[-1][2] < 1080, text
+    for i, (left, top, right, bottom) in enumerate(boxes):
+        assert not [d for d in dots if left - 4 < d[0] < right + 4 and top - 4 < d[1] < bottom + 4], texts[i]
+        others = [b for b in boxes[:i] if left < b[2] and b[0] < right and top < b[3] and b[1] < bottom]
+        assert not others, texts[i]
