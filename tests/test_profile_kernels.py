@@ -424,7 +424,7 @@ def test_a_stopped_measurement_keeps_its_cases_and_a_requeued_one_goes_on(
     assert lives.measured == ["K2 x"]
     with caplog.at_level("INFO"):
         assert lives.live(restart=2) == ["K3 x"]
-    assert "requeued: 2 cases were measured before on this node, and are not again" in caplog.text
+    assert "requeued: cases that this job has measured on this node, and does not again: 2" in caplog.text
     assert lives.live(restart=3) == []
     node = read_node(lives.file)
     assert [row.case for row in node.rows[::2]] == ["K1 x", "K2 x", "K3 x"] and node.rows[:2] == first
@@ -443,7 +443,7 @@ def test_what_a_crash_leaves_is_kept_as_well(tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.mark.parametrize(
-    "change", ["new launch", "launched again", "other node", "other device", "file gone", "damaged"]
+    "change", ["new launch", "launched again", "other node", "other device", "file gone", "damaged", "edited"]
 )
 def test_all_is_measured_anew_unless_it_is_the_same_job_on_the_same_node(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
@@ -459,8 +459,11 @@ def test_all_is_measured_anew_unless_it_is_the_same_job_on_the_same_node(
         monkeypatch.setattr(kernels, "device_name", lambda _: "B")
     elif change == "file gone":
         lives.file.unlink()
-    elif change == "damaged":
-        (lives.config.run_dir / "jobs/profile-kernels/measured.json").write_text("{")
+    progress = lives.config.run_dir / "jobs/profile-kernels/measured.json"
+    if change == "damaged":
+        progress.write_text("{")
+    elif change == "edited":
+        write_json(progress, json.loads(progress.read_text()) | {"cases": 3})
     assert lives.live(restart=0 if change == "new launch" else 1) == ["K1 x", "K2 x", "K3 x"]
 
 

@@ -102,9 +102,10 @@ class _Record:
         before = read_json(self.progress) if task.restart and launched is not None else None
         if before is not None and self.earlier and {k: before.get(k) for k in self.life} == self.life:
             kept = {row.key for row in self.earlier.rows}
-            self.done = [key for key in kept if list(key) in before.get("cases", [])]
+            cases = before.get("cases")
+            self.done = [key for key in kept if isinstance(cases, list) and list(key) in cases]
         if task.restart:
-            log.info("requeued: %d cases were measured before on this node, and are not again", len(self.done))
+            log.info("requeued: cases that this job has measured on this node, and does not again: %d", len(self.done))
 
     def add(self, node: results.Node, key: Key) -> None:
         """Keep what was measured until now."""
