@@ -272,6 +272,28 @@ def test_a_profile_of_training_is_a_gang_through_submitit_and_through_sbatch(
     assert (status["state"], status["job_id"]) == ("done", by_hand)
 
 
+@pytest.mark.parametrize(
+    ("script", "args", "expected"),
+    [
+        ("profile", [], "kernels, train CONFIG or sample CONFIG expected, found nothing; sbatch slurm/profile.sbatch"),
+        ("profile", ["train"], "kernels, train CONFIG or sample CONFIG expected, found train; sbatch slurm/profile"),
+        ("profile", ["tiny.yaml"], "kernels, train CONFIG or sample CONFIG expected, found tiny.yaml; sbatch slurm/"),
+        *((name, [], f"a config expected, found no argument; sbatch slurm/{name}.sbatch CONFIG [key=value ...]")
+          for name in ("encode", "train", "sample")),
+    ],
+)  # fmt: skip
+def test_a_shipped_script_that_lacks_an_argument_is_one_line(
+    cli: Cli, sbatch_env: dict[str, str], script: str, args: list[str], expected: str
+) -> None:
+    """And does not start a task, of which each would tell it again."""
+    job_id = sbatch(cli, script, *args, **sbatch_env)
+    assert cli.cluster.wait_for_job(job_id)["ExitCode"] == "2:0"
+    said = [path.read_text() for path in cli.folder.glob("*.out") if f"-{job_id}_" in path.name]
+    assert said, list(cli.folder.iterdir())
+    for text in said:
+        assert text.startswith(f"sorahpc: slurm/{script}.sbatch: {expected}") and text.count("\n") == 1, text
+
+
 def test_sbatch_array_with_the_shipped_script(cli: Cli, sbatch_env: dict[str, str]) -> None:
     config = tiny.write_config(cli.folder, runs_dir=str(cli.folder / "runs"))
     job_id = sbatch(cli, "encode", config, **sbatch_env)
