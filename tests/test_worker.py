@@ -378,11 +378,11 @@ exec "$@"
 """
 
 
-def with_tool(tmp_path: Path, name: str) -> dict[str, str]:
+def with_tool(tmp_path: Path, name: str, text: str = STAND_IN) -> dict[str, str]:
     """The environment with a stand-in for nsys or ncu in front."""
     path = tmp_path / "bin" / name
     path.parent.mkdir()
-    path.write_text(STAND_IN)
+    path.write_text(text)
     path.chmod(0o755)
     search = f"{path.parent}{os.pathsep}{os.environ['PATH']}"
     return {"PATH": search, "NOTES": str(tmp_path / "notes"), "REAL_PYTHON": sys.executable}
@@ -440,3 +440,67 @@ def test_what_nsight_can_not_do_is_one_line(tmp_path: Path, tool: str, cluster: 
         })  # fmt: skip
     done = tiny.sorahpc("profile", "train", "tiny.yaml", cwd=tmp_path, PATH="/usr/bin:/bin")
     assert done.returncode == code and expected in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+# As nsys does: the task is its child, and its own exit code may be another.
+RUN = 'while [ "$1" != "$REAL_PYTHON" ]; do shift; done\n"$@"\n'
+RANK_OUT = "runs/tiny/jobs/profile-train/log/rank1.out"
+
+
+@pytest.mark.parametrize(
+    ("script", "fault", "code", "expected"),
+    [
+        ("echo no; echo 'nsys: no licence' >&2; echo; exit 1", "", 3,
+         f"(exit 3): nsys: exit 1 without having run the job: nsys: no licence; its output is in {RANK_OUT}; mend what "
+         "it says, or use profile.tool=torch"),
+        ("exit 0", "", 3, "nsys: exit 0 without having run the job: no word; its output is in"),
+        ("kill -9 $$", "", 3, "nsys: killed by SIGKILL without having run the job: no word"),
+        (RUN + "echo disk full; exit 7", "", 3, "nsys: exit 7 after the job: disk full; its output is in"),
+        (RUN + "exit 5", "kill:1:3", 3, "nsys: exit 5 while the job ran"),
+        (RUN + "exit $?", "data:1:3", 4, "rank 1 failed (exit 4): clip 7: fault one; clip 8: fault two"),
+        (RUN + "exit 0", "data:1:3", 4, "rank 1 failed (exit 4): clip 7: fault one; clip 8: fault two"),
+    ],
+)  # fmt: skip
+def test_a_tool_that_fails_says_why_and_does_not_hide_how_the_task_ended(
+    tmp_path: Path, script: str, fault: str, code: int, expected: str
+) -> None:
+    env = with_tool(tmp_path, "nsys", f"#!/bin/bash\n{script}\n")
+    tiny.write_config(tmp_path, profile={"tool": "nsys", "ranks": [1]})
+    done = tiny.sorahpc("profile", "train", "tiny.yaml", cwd=tmp_path, TINY_FAULT=fault, **env)
+    assert done.returncode == code and "Traceback" not in done.stderr, done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if "rank 1 failed" in line]
+    assert expected in line.replace(f"{tmp_path}/", "")
+
+
+def test_a_tool_that_can_not_be_run_is_one_line(tmp_path: Path) -> None:
+    env = with_tool(tmp_path, "nsys", "no program\n")
+    tiny.write_config(tmp_path, profile={"tool": "nsys", "ranks": [1]})
+    done = tiny.sorahpc("profile", "train", "tiny.yaml", cwd=tmp_path, **env)
+    assert done.returncode == 3 and f"{tmp_path}/bin/nsys: can't be run: Exec format error; mend" in done.stderr
+
+
+def test_by_hand_a_failed_tool_is_told_by_the_status(tmp_path: Path) -> None:
+    env = with_tool(tmp_path, "nsys", "#!/bin/bash\necho no licence\nexit 1\n")
+    train = {**tiny.config_data()["train"], "resources": {}}
+    tiny.write_config(tmp_path, train=train, profile={"tool": "nsys"})
+    done = worker("profile-train", "tiny.yaml", cwd=tmp_path, **env)
+    assert done.returncode == 3
+    told = status(tmp_path, "profile-train")
+    assert (told["state"], told["exit_code"]) == ("failed", 3)
+    assert told["message"].startswith("nsys: exit 1 without having run the job: no licence; its output is in the lines")
+    assert done.stderr.splitlines() == ["no licence", f"sorahpc: {told['message']}"]
+
+
+def test_a_stop_reaches_the_task_and_not_the_tool_between(tmp_path: Path) -> None:
+    """A tool that TERM would end, and with it the recording."""
+    env = with_tool(tmp_path, "nsys", f"#!/bin/bash\n{RUN}code=$?\necho tool ended >>$NOTES\nexit $code\n")
+    train = {**tiny.config_data()["train"], "resources": {}}
+    tiny.write_config(tmp_path, train={**train, "steps": 1000}, profile={"tool": "nsys"})
+    command = [sys.executable, "-m", "sorahpc.cluster.worker", "profile-train", "tiny.yaml"]
+    process = subprocess.Popen(command, cwd=tmp_path, env=tiny.env(TINY_ITEM_S="0.05", **env))
+    path = tmp_path / "runs/tiny/jobs/profile-train/status/0.json"
+    wait_for(lambda: (read_json(path) or {}).get("total") == 1000)
+    process.terminate()
+    assert process.wait(timeout=20) == 10
+    assert status(tmp_path, "profile-train")["state"] == "stopped"
+    assert (tmp_path / "notes").read_text() == "tool ended\n"

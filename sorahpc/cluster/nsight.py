@@ -1,22 +1,32 @@
-"""`profile.tool: nsys` and `ncu`: a chosen rank of a profile job starts again as what Nsight runs."""
+"""`profile.tool: nsys` and `ncu`: a chosen rank of a profile job starts itself again as what Nsight runs."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import signal
 import socket
+import subprocess
 import sys
+import tempfile
+import threading
+from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
+from typing import IO
 
+from sorahpc.cluster.signals import StopFlag, die_with, ignore_stop_signals
 from sorahpc.config import Config
 from sorahpc.errors import ConfigError, SetupError
+from sorahpc.runs import read_json, write_json
 
-INSIDE = "SORAHPC_NSIGHT"  # set in the environment of what Nsight runs
+INSIDE = "SORAHPC_NSIGHT"  # set in the environment of what Nsight runs: a file for `note`
+POLL_S = 0.1
 
 
 def command(config: Config, job: str, rank: int, world_size: int, env: Mapping[str, str]) -> list[str] | None:
-    """What this process has to become, or None where it goes on as it is.
+    """What this process has to `run`, or None where it goes on as it is.
 
     The job marks with cudaProfilerStart and -Stop what is recorded, and names its ranges by NVTX.
 
@@ -58,10 +68,82 @@ def report_path(config: Config, job: str, rank: int) -> Path:
     return (config.run_dir / "profile" / job.removeprefix("profile-") / name).absolute()
 
 
-def become(command: list[str], launcher: str) -> None:
-    """Start again as `command`, with the same process id, so that signals and leases still find it.
+def run(command: list[str], stop: StopFlag, output: str) -> int:
+    """Run `command` to its end, its output passed on to stderr. Returns the exit code of the task inside.
+
+    The task is a child of a child, and the tool may end without having started it, fail after it, or hide its exit
+    code: the task notes its process id and its exit code in a file that the environment names (`note`). It gets the
+    stop signals through this process, also where the tool keeps them to itself, and does not outlive it.
 
     Args:
-        launcher: the process that what the tool runs must not outlive; empty where there is none.
+        stop: which has the stop signals of this process.
+        output: where the output goes, for the message.
+
+    Raises:
+        SetupError: the tool failed, in its own words.
     """
-    os.execve(command[0], command, {**os.environ, INSIDE: "1", "SORAHPC_PARENT": launcher})
+    tool, me = Path(command[0]).name, os.getpid()
+
+    def prepare() -> None:
+        die_with(me)
+        ignore_stop_signals()  # Slurm sends them to every process; the task takes them over again
+
+    with tempfile.TemporaryDirectory() as folder:
+        notes = Path(folder) / "task.json"
+        try:
+            process = subprocess.Popen(
+                command,
+                env={**os.environ, INSIDE: str(notes), "SORAHPC_PARENT": str(me)},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                preexec_fn=prepare,
+            )
+        except OSError as error:
+            raise SetupError(f"{command[0]}: can't be run: {error.strerror}; {_MEND}") from None
+        lines: deque[str] = deque(maxlen=1)
+        reader = threading.Thread(target=_pass_on, args=(process.stdout, lines), daemon=True)
+        reader.start()
+        told = False
+        try:
+            while (code := _ended(process)) is None:
+                task = read_json(notes)
+                if task and stop() and not told:
+                    told = True
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(task["pid"], signal.SIGTERM)
+        except KeyboardInterrupt:  # the second: tool and task end with this process
+            return 130
+        reader.join(timeout=2.0)  # a daemon of the tool may keep the pipe open
+        task = read_json(notes) or {}
+    inside = task.get("exit_code")
+    if inside or (inside == 0 and code == 0):
+        return int(inside)
+    when = "without having run the job" if not task else "while the job ran" if inside is None else "after the job"
+    how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit {code}"
+    raise SetupError(f"{tool}: {how} {when}: {lines[0] if lines else 'no word'}; its output is in {output}; {_MEND}")
+
+
+_MEND = "mend what it says, or use profile.tool=torch"
+
+
+def note(exit_code: int | None = None) -> None:
+    """In the task: tell `run` that it has begun, or how it ended. Does nothing where no tool runs it."""
+    if INSIDE in os.environ:
+        write_json(Path(os.environ[INSIDE]), {"pid": os.getpid(), "exit_code": exit_code}, durable=False)
+
+
+def _ended(process: subprocess.Popen[bytes]) -> int | None:
+    try:
+        return process.wait(POLL_S)
+    except subprocess.TimeoutExpired:
+        return None
+
+
+def _pass_on(stream: IO[bytes], last: deque[str]) -> None:
+    """Write what comes to stderr, and keep the last line that is not empty."""
+    for line in stream:
+        sys.stderr.buffer.write(line)
+        sys.stderr.buffer.flush()
+        if line.strip():
+            last.append(line.decode(errors="replace").strip())

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from sorahpc.cluster import nsight
-from sorahpc.cluster.lease import HEARTBEAT_S, Lease, identity
+from sorahpc.cluster.lease import HEARTBEAT_S, Lease, identity, is_alive
 from sorahpc.cluster.signals import StopFlag, die_after, die_with, ignore_stop_signals
 from sorahpc.config import ArrayResources, Config, load_config
 from sorahpc.errors import ConfigError, NoProgressError, SetupError, SoraHPCError, Stopped
@@ -222,6 +222,12 @@ def check_progress(folder: JobFolder, task: int, restart: int) -> None:
         )
 
 
+def other_launch(folder: JobFolder, place: Place) -> dict[str, Any] | None:
+    """The lease of the first task where another launch, perhaps split otherwise, has it now."""
+    first = read_state(folder.lease(0))
+    return first if first and first.get("launch") != place.launch and is_alive(first) else None
+
+
 def first_failure(folder: JobFolder, restart: int) -> dict[str, Any] | None:
     """Status of the rank that failed first in this life of a gang, or None."""
     failed = [s for s in folder.statuses() if s.get("state") == "failed" and s.get("restart") == restart]
@@ -296,9 +302,8 @@ def execute(spec: Spec, config: Config, place: Place, stop: Callable[[], bool], 
                     f"{wanted.world_size} ranks expected, {place.world_size} were started"
                 )
             if writer:
-                first = read_state(folder.lease(0))
-                if first and first.get("launch") != place.launch and lease.blocked_by(first):
-                    raise lease.refuse(first)  # another launch, perhaps split otherwise
+                if other := other_launch(folder, place):
+                    raise lease.refuse(other)
                 lease.acquire()
                 held = True
                 check_progress(folder, place.rank, place.restart)
@@ -358,6 +363,13 @@ def execute(spec: Spec, config: Config, place: Place, stop: Callable[[], bool], 
         return code
 
 
+def raw_output(task: Task) -> str:
+    """Where what this process writes past its log is found."""
+    if "SORAHPC_LAUNCH" in os.environ:
+        return str(task.folder.log(task.rank).with_suffix(".out"))
+    return "the output of the Slurm job" if "SLURM_JOB_ID" in os.environ else "the lines above"
+
+
 def main(argv: list[str] | None = None) -> int:
     """Entry of a task process. Returns the exit code."""
     stop = StopFlag().install()  # first of all: by default USR2 kills
@@ -369,6 +381,7 @@ def main(argv: list[str] | None = None) -> int:
         if parent := os.environ.pop("SORAHPC_PARENT", ""):
             # Between the launcher and what Nsight runs is Nsight, which may outlive the one and not end the other.
             (die_after if nsight.INSIDE in os.environ else die_with)(int(parent))
+        nsight.note()
         if len(argv) == 2 and argv[0] == "--spec":
             spec = Spec.read(Path(argv[1]))
             place = Place.of(os.environ, spec.kind)
@@ -383,19 +396,21 @@ def main(argv: list[str] | None = None) -> int:
             config.need(*job.sections)
             spec = make_spec(config, job)
             place = Place.of(os.environ, spec.kind)
+            task = Task(config.run_dir, spec.job, place.rank, place.world_size, restart=place.restart)
             if place.rank == 0:
                 record(config, job, place.launch, place.restart, place.world_size)
         else:
             raise ConfigError("usage: python -m sorahpc.cluster.worker --spec SPEC.json | JOB CONFIG [key=value ...]")
         if nsight_command := nsight.command(config, spec.job, place.rank, place.world_size, os.environ):
-            nsight.become(nsight_command, parent)
-        wanted = resources(config, spec.job)
-        cpus = os.environ.get("SLURM_CPUS_PER_TASK") or str(wanted.cpus_per_task if wanted else 1)
-        os.environ.setdefault("OMP_NUM_THREADS", cpus)
-        if spec.kind == "gang":
-            export_gang(place, os.environ)
-        # The local launcher shows a display of its own, and keeps what is written past the log.
-        code = execute(spec, config, place, stop, stderr="SORAHPC_LAUNCH" not in os.environ)
+            code = nsight.run(nsight_command, stop, raw_output(task))
+        else:
+            wanted = resources(config, spec.job)
+            cpus = os.environ.get("SLURM_CPUS_PER_TASK") or str(wanted.cpus_per_task if wanted else 1)
+            os.environ.setdefault("OMP_NUM_THREADS", cpus)
+            if spec.kind == "gang":
+                export_gang(place, os.environ)
+            # The local launcher shows a display of its own, and keeps what is written past the log.
+            code = execute(spec, config, place, stop, stderr="SORAHPC_LAUNCH" not in os.environ)
     except SoraHPCError as error:
         for line in str(error).splitlines():
             print(f"sorahpc: {line}", file=sys.stderr)
@@ -404,10 +419,10 @@ def main(argv: list[str] | None = None) -> int:
         told = f"{error}; is the file system there, writable and not full?"
         print(f"sorahpc: {told}", file=sys.stderr)
         code = SetupError.exit_code
-    if told and task is not None and place.rank > 0:
-        # Not for rank 0: another launch may hold the job, and its status file.
-        with contextlib.suppress(OSError):  # that file system is perhaps the fault
+    with contextlib.suppress(OSError):  # that file system is perhaps the fault
+        if told and task is not None and not other_launch(task.folder, place):  # whose the status file is
             task.write_status("failed", message=told, exit_code=code)
+        nsight.note(code)
     ignore_stop_signals()
     return code
 
