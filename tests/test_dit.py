@@ -15,6 +15,7 @@ from sorahpc.config import ModelConfig
 from sorahpc.distributed import megatron
 from sorahpc.models.attention import pack_attention
 from sorahpc.models.dit import DiT
+from sorahpc.profiling.record import layer_spans
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +79,27 @@ def test_weights_are_those_of_the_seed(mesh: Any) -> None:
     assert torch.equal(weights(1), weights(1))
     assert not torch.equal(weights(1), weights(2))
     assert torch.equal(torch.get_rng_state(), state), "building a model must not disturb the global generator"
+
+
+def test_a_profiles_spans_leave_the_gradients_in_megatrons_buffers_as_they_are(mesh: Any) -> None:
+    """Both hang on the nodes that accumulate gradients. Two packs a step."""
+    dit = _model(mesh)
+    ddp = megatron.wrap_ddp(dit, dit.config)
+
+    def gradients() -> dict[str, Any]:
+        ddp.zero_grad_buffer()
+        for seed in (0, 1):
+            ddp(**_batch(seed)).square().sum().backward()
+        megatron.finalize_grads(ddp)
+        assert all(parameter.grad is None for parameter in dit.parameters())
+        return {name: parameter.main_grad.clone() for name, parameter in dit.named_parameters()}  # type: ignore
+
+    before = gradients()
+    with layer_spans(dit.parts()):
+        spanned = gradients()
+    after = gradients()
+    for name, gradient in before.items():
+        assert gradient.any() and torch.equal(gradient, spanned[name]) and torch.equal(gradient, after[name]), name
 
 
 def test_lengths_that_do_not_fit_are_one_error_with_the_numbers(mesh: Any) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import gzip
 import json
 import random
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sorahpc.config import ProfileConfig
@@ -230,6 +232,63 @@ def test_layers_are_told_apart_forward_and_backward(tmp_path: Path, device: str)
     assert not list(model.first._forward_hooks) and not list(model.first._backward_hooks), "the hooks are gone"
     page = write_profile_page([tmp_path], tmp_path / "p.html").read_text()
     assert "train on" in page and "between layers" in page and "Memory allocated" in page
+
+
+class Slow(torch.autograd.Function):
+    """Takes 20 ms in its backward pass."""
+
+    @staticmethod
+    def forward(_: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(_: Any, *grads: Tensor) -> Tensor:
+        time.sleep(0.02)
+        return grads[0]
+
+
+class SlowLinear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, Slow.apply(self.weight), self.bias)
+
+
+class Embedded(nn.Module):
+    """As the DiT: two embeddings of what needs no gradient, one of which the layers after it share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.x, self.t = SlowLinear(8, 8), nn.Sequential(nn.Linear(8, 8), nn.SiLU(), SlowLinear(8, 8))
+        self.layers = nn.ModuleList(SlowLinear(8, 8) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        t, x = self.t(x), self.x(x)
+        for layer in self.layers:
+            x = layer(x + t)
+        return x
+
+
+def test_the_backward_of_a_layer_whose_input_needs_no_gradient_is_its_own(tmp_path: Path) -> None:
+    """To the gradients of its parameters, and what others do with them there, as Megatron does: here 10 ms each."""
+    model, how = Embedded(), ProfileConfig(warmup_steps=1, steps=2)
+    nodes = [torch.autograd.graph.get_gradient_edge(parameter).node for parameter in model.parameters()]
+    for node in nodes:
+        node.register_hook(lambda *_: time.sleep(0.01))
+    layers = [("all", model), ("x", model.x), ("t", model.t), *(("layer", layer) for layer in model.layers)]
+    with recorded(how, tmp_path / "train", Task(tmp_path, "profile-train"), CPU, layers) as step_done:
+        for _ in range(num_steps(how)):
+            with span("backward"):
+                model(torch.randn(2, 8)).sum().backward()
+            step_done(1)
+    (path,) = (tmp_path / "train").glob("*_rank0.json")
+    found = read_summary(path).found
+    assert found is not None
+    parts = parts_of(found)
+    # Bounds below are what sleeps there; above, as much again for the little that is computed, on a busy machine.
+    for name, least in (("x", 40), ("t", 60), ("layer", 80)):
+        assert least <= parts[name].backward_ms <= least + 20, name
+    assert parts["all"].backward_ms < 20 and parts["between layers"].backward_ms < 20
+    assert sum(part.ms for part in found.parts) == pytest.approx(found.wall_ms, rel=0.01)
+    assert not any(layer._backward_hooks for _, layer in layers)
 
 
 def test_a_rank_that_is_not_chosen_records_nothing(tmp_path: Path) -> None:

@@ -168,7 +168,8 @@ def test_a_profile_tells_layers_and_communication_apart_and_leaves_the_run_alone
         found = summary.found
         assert found is not None and found.steps == 2 and len(summary.step_ms) == 2 and min(summary.step_tokens) > 0
         parts = {part.name: part for part in found.parts}
-        for layer in ("self attention", "cross attention", "mlp", "residuals, norms, modulation", "patch embedding"):
+        for layer in ("self attention", "cross attention", "mlp", "residuals, norms, modulation", "patch embedding",
+                      "timestep embedding", "text embedding", "ada ln", "last layer"):  # fmt: skip
             assert parts[layer].forward_ms > 0 and parts[layer].backward_ms > 0, layer
         for phase in ("optimizer", "gradient reduction", "gradient norm", "ema", "wait for data"):
             assert parts[phase].other_ms > 0, phase

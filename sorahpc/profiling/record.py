@@ -13,6 +13,7 @@ import shutil
 import socket
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +21,8 @@ from typing import Annotated, Any
 
 import torch
 from pydantic import Field, TypeAdapter, ValidationError
-from torch import nn
+from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 from torch.profiler import ProfilerActivity, record_function, schedule
 
 from sorahpc.config import ProfileConfig
@@ -48,26 +50,58 @@ def span(name: str) -> record_function:
 
 @contextlib.contextmanager
 def layer_spans(layers: Iterable[tuple[str, nn.Module]]) -> Iterator[None]:
-    """Spans `forward: NAME` and `backward: NAME` around what each module computes; several may share a name."""
+    """Spans `forward: NAME` and `backward: NAME` around what each module computes; several may share a name.
+
+    A backward span ends with the gradient of the module's inputs. Where none of them needs one, as those of the first
+    layers, it ends with the gradients of all its parameters, and what else hangs on them (Megatron adds them to its
+    buffers there).
+    """
     handles: list[Any] = []
-    open_spans: list[record_function] = []
+    open_spans: list[tuple[nn.Module, record_function]] = []
+    left: dict[nn.Module, int] = {}  # parameters without their gradient yet, of modules whose backward ends with these
 
     def enter(name: str) -> Callable[..., None]:
-        def hook(*_: object) -> None:
-            open_spans.append(span(name))
-            open_spans[-1].__enter__()
+        def hook(module: nn.Module, *_: object) -> None:
+            open_spans.append((module, span(name)))
+            open_spans[-1][1].__enter__()
 
         return hook
 
-    def leave(*_: object) -> None:
-        open_spans.pop().__exit__(None, None, None)
+    def leave(module: nn.Module, *_: object) -> None:
+        for i in reversed(range(len(open_spans))):
+            if open_spans[i][0] is module:
+                open_spans.pop(i)[1].__exit__(None, None, None)
+                return
 
+    def inputs_done(module: nn.Module, grads: tuple[Tensor | None, ...], _: object) -> None:
+        if any(grad is not None for grad in grads):
+            leave(module)
+        else:  # none needs one: torch calls this as soon as the module's backward begins
+            left[module] = sum(p.requires_grad for p in module.parameters())
+
+    def parameter_done(module: nn.Module) -> Callable[..., None]:
+        def hook(*_: object) -> None:
+            if module in left:
+                left[module] -= 1
+                if left[module] == 0:
+                    del left[module]
+                    leave(module)
+
+        return hook
+
+    warnings.filterwarnings("ignore", message="Full backward hook is firing when gradients")  # see inputs_done
+    layers = list(layers)
     try:
         for name, module in layers:
             handles.append(module.register_forward_pre_hook(enter(FORWARD + name)))
             handles.append(module.register_forward_hook(leave))
             handles.append(module.register_full_backward_pre_hook(enter(BACKWARD + name)))
-            handles.append(module.register_full_backward_hook(leave))
+            handles.append(module.register_full_backward_hook(inputs_done))
+        for _, module in reversed(layers):  # of spans that end with the same gradient the inner ones first
+            for parameter in module.parameters():
+                if parameter.requires_grad:
+                    # A hook of the accumulating node comes after the gradient was added, and after hooks set before.
+                    handles.append(get_gradient_edge(parameter).node.register_hook(parameter_done(module)))
         yield
     finally:
         for handle in handles:
