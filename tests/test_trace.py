@@ -299,6 +299,21 @@ def test_a_rank_that_is_not_chosen_records_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "train").exists()
 
 
+def test_steps_that_are_not_recorded_have_no_hooks_and_wait_for_no_trace_of_another_rank(tmp_path: Path) -> None:
+    model, how, hooks = TwoLayers(), ProfileConfig(warmup_steps=1, steps=2, ranks=(0, 1)), []
+    assert num_steps(how) == num_steps(how.model_copy(update={"ranks": (0,)})) + 1 == 6
+    with recorded(how, tmp_path, Task(tmp_path, "profile-train", 0, 2), CPU, [("all", model)]) as step_done:
+        for step in range(num_steps(how)):
+            hooks.append(len(model._forward_hooks))
+            if step == 3:  # the first after those that are recorded: the other rank writes its trace
+                time.sleep(0.5)
+            step_done(100 + step)
+    (path,) = tmp_path.glob("*_rank0.json")
+    summary = read_summary(path)
+    assert hooks == [1, 1, 1, 0, 0, 0]
+    assert summary.step_tokens == [104, 105] and max(summary.step_ms) < 250 and len(summary.recorded_step_ms) == 2
+
+
 def record_nothing(folder: Path, how: ProfileConfig, *, rank: int = 0, fail_after: int = 1000) -> None:
     task = Task(folder, "profile-train", rank, 8)
     with recorded(how, folder, task, CPU, []) as step_done:

@@ -133,7 +133,8 @@ def recorded(
 ) -> Iterator[Callable[[int], None]]:
     """Record `how.steps` steps of this rank, after `how.warmup_steps`, if it is one of `how.ranks`.
 
-    As many steps again go unrecorded after them (`num_steps` in all): their time is free of what recording costs.
+    As many steps again go unrecorded after them (`num_steps` in all): their time is free of what recording costs. Of
+    several recorded ranks, one step between is not counted: in it the first waits for the last to write its trace.
 
     Yields:
         What to call at the end of each step, with the tokens that it took.
@@ -151,8 +152,7 @@ def recorded(
     _remove_left_aside(folder, f"{stem}.")
     # Dotted and beside the results: renamed, not copied, and never taken for one of them.
     with tempfile.TemporaryDirectory(prefix=f".{stem}.", dir=folder) as aside:
-        recorder = _Recorder(how, device, Path(aside) / stem)
-        with layer_spans(layers), recorder:
+        with _Recorder(how, device, Path(aside) / stem, layers) as recorder:
             yield recorder.step_done
         summary = Summary(
             job=task.job.removeprefix("profile-"),
@@ -199,14 +199,21 @@ def _stem(how: ProfileConfig, device: torch.device) -> str:
 
 
 def num_steps(how: ProfileConfig) -> int:
-    return how.warmup_steps + 2 * how.steps
+    return how.warmup_steps + 2 * how.steps + _uneven_steps(how)
+
+
+def _uneven_steps(how: ProfileConfig) -> int:
+    """Steps after those that are recorded in which ranks wait for each other's traces."""
+    return int(len(how.ranks) > 1)
 
 
 class _Recorder:
-    """The profiler of one rank; `step_done` starts and ends its recording."""
+    """The profiler and the spans of one rank; `step_done` starts and ends its recording."""
 
-    def __init__(self, how: ProfileConfig, device: torch.device, stem: Path) -> None:
-        self.how, self.device, self.done = how, device, 0
+    def __init__(
+        self, how: ProfileConfig, device: torch.device, stem: Path, layers: Sequence[tuple[str, nn.Module]]
+    ) -> None:
+        self.how, self.device, self.layers, self.done = how, device, layers, 0
         self.trace, self.snapshot = (stem.with_name(stem.name + end) for end in (".trace.json.gz", ".memory.pickle"))
         self.recorded_s: list[float] = []
         self.step_s: list[float] = []
@@ -216,6 +223,7 @@ class _Recorder:
         self.profiler: torch.profiler.profile | None = None
 
     def __enter__(self) -> _Recorder:
+        self.stack.enter_context(layer_spans(self.layers))
         if self.how.tool == "torch":
             cuda = [ProfilerActivity.CUDA] if self.device.type == "cuda" else []
             self.profiler = torch.profiler.profile(
@@ -236,10 +244,10 @@ class _Recorder:
             torch.cuda.synchronize()  # a step's time is that of its kernels too
         self.done += 1
         seconds, recorded_steps = time.perf_counter() - self.began, self.done - self.how.warmup_steps
-        if recorded_steps > self.how.steps:
+        if recorded_steps > self.how.steps + _uneven_steps(self.how):
             self.step_s.append(seconds)
             self.step_tokens.append(tokens)
-        elif recorded_steps > 0:
+        elif 0 < recorded_steps <= self.how.steps:
             self.recorded_s.append(seconds)
         if self.profiler is not None and recorded_steps <= self.how.steps:
             self.profiler.step()
