@@ -383,9 +383,13 @@ def test_a_trace_that_could_not_be_written_whole_leaves_nothing(
     assert not contents(tmp_path)
 
 
-def test_profiles_of_several_tools_lie_side_by_side(tmp_path: Path) -> None:
+def test_profiles_of_several_tools_lie_side_by_side_and_on_a_cpu_nsight_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     for tool in ("torch", "nsys", "ncu"):
         record_nothing(tmp_path, ProfileConfig(warmup_steps=1, steps=1, tool=tool))
+    words = "records a GPU, and this rank runs on a CPU: no report will come; use profile.tool=torch"
+    assert caplog.messages == [f"profile.tool: {tool} {words}" for tool in ("nsys", "ncu")]
     assert sorted(read_summary(path).tool for path in tmp_path.glob("*_rank0.json")) == ["ncu", "nsys", "torch"]
 
 

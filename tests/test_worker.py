@@ -18,6 +18,7 @@ import tiny
 from sorahpc.cluster import lease as lease_module
 from sorahpc.cluster import nsight
 from sorahpc.cluster.lease import Lease, identity, is_alive, is_dead, start_time
+from sorahpc.cluster.local import visible_gpus
 from sorahpc.cluster.worker import Place, Spec, check_progress, export_gang
 from sorahpc.config import parse_config
 from sorahpc.errors import NoProgressError, SetupError
@@ -393,6 +394,9 @@ def test_only_the_chosen_rank_runs_under_nsight(tmp_path: Path) -> None:
     tiny.write_config(tmp_path, profile={"tool": "nsys", "ranks": [1]})
     done = tiny.sorahpc("profile", "train", "tiny.yaml", cwd=tmp_path, **env)
     assert done.returncode == 0, done.stderr
+    if not visible_gpus(dict(os.environ)):
+        warned = "profile.tool: nsys records a GPU, and this machine has none: no report will come; use profile.tool="
+        assert done.stderr.startswith(f"sorahpc: profile-train: {warned}torch\n") and done.stderr.count(warned) == 1
     notes = (tmp_path / "notes").read_text().splitlines()
     assert notes[:2] == ["nsys", "profile"] and notes.count("nsys") == 1
     assert "--capture-range=cudaProfilerApi" in notes and "--trace=cuda,nvtx,osrt" in notes
@@ -422,6 +426,9 @@ def test_the_one_task_of_a_sampling_runs_under_nsight_whatever_ranks_are_chosen(
     found = nsight.command(parse_config(data), "profile-sample", 0, 1, {})
     assert found is not None and found[0] == str(tmp_path / "bin/nsys")
     assert nsight.command(parse_config(data), "profile-train", 0, 2, {}) is None
+    assert "no report will come" in nsight.warning(parse_config(data), "profile-sample", [])
+    assert not nsight.warning(parse_config(data), "profile-sample", ["0"])
+    assert not nsight.warning(parse_config(data), "encode", [])
 
 
 @pytest.mark.parametrize(

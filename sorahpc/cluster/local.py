@@ -19,6 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TextIO
 
+from sorahpc.cluster import nsight
 from sorahpc.cluster.launch import Job, folder_of, num_tasks, worker_command
 from sorahpc.cluster.worker import resources
 from sorahpc.config import Config
@@ -205,6 +206,8 @@ def run_local(config: Config, job: Job, launch: str, progress: bool, stream: Tex
     else:
         slots = min(tasks, config.cluster.max_array_parallel, len(gpus) or max(1, len(os.sched_getaffinity(0)) // cpus))
 
+    if warning := nsight.warning(config, job.name, visible_gpus(env)):
+        print(f"sorahpc: {job.name}: {warning}", file=stream)
     sizes = log_sizes(folder)
     waiting, running, free = list(range(tasks)), dict[int, tuple[subprocess.Popen[bytes], int]](), list(range(slots))
     codes: dict[int, int] = {}

@@ -62,6 +62,14 @@ def command(config: Config, job: str, rank: int, world_size: int, env: Mapping[s
     return [tool, *options[how.tool], sys.executable, "-u", "-m", "sorahpc.cluster.worker", *sys.argv[1:]]
 
 
+def warning(config: Config, job: str, gpus: list[str]) -> str:
+    """What to tell whoever launches a job on this machine, with these GPUs, before it starts; empty: nothing."""
+    tool = config.profile.tool
+    if gpus or tool == "torch" or job not in ("profile-train", "profile-sample"):
+        return ""
+    return f"profile.tool: {tool} records a GPU, and this machine has none: no report will come; use profile.tool=torch"
+
+
 def report_path(config: Config, job: str, rank: int) -> Path:
     """Without the suffix, which the tool adds: .nsys-rep or .ncu-rep."""
     name = f"{config.profile.tool}_{socket.gethostname()}_rank{rank}"

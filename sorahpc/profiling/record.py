@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import shutil
 import socket
@@ -41,6 +42,8 @@ from sorahpc.profiling.trace import (
 from sorahpc.runs import Task, write_json
 
 FORMAT = 1
+
+log = logging.getLogger(__name__)
 
 
 def span(name: str) -> record_function:
@@ -234,6 +237,12 @@ class _Recorder:
                 on_trace_ready=self._write_trace,
             )
             self.stack.enter_context(self.profiler)
+        elif self.device.type != "cuda":
+            log.warning(
+                "profile.tool: %s records a GPU, and this rank runs on a CPU: no report will come; use "
+                "profile.tool=torch",
+                self.how.tool,
+            )
         return self
 
     def __exit__(self, *error: object) -> None:
