@@ -52,7 +52,8 @@ def parts_of(found: Findings) -> dict[str, Part]:
 
 
 def test_on_a_gpu_a_kernel_counts_for_the_span_that_launched_it(tmp_path: Path) -> None:
-    """Two steps of 1 ms. The backward pass launches from a thread of its own; a copy comes from no span."""
+    """Two steps of 1 ms. The backward pass launches from a thread of its own, and so does the loading of data; a copy
+    comes from no span."""
     events: list[dict[str, Any]] = [
         event("ProfilerStep#3", 0, 1000),
         event("ProfilerStep#4", 1000, 2000),
@@ -61,6 +62,9 @@ def test_on_a_gpu_a_kernel_counts_for_the_span_that_launched_it(tmp_path: Path) 
         event("sorahpc backward", 400, 900),
         event("sorahpc backward: mlp", 500, 700, tid=2),
         event("sorahpc optimizer", 900, 1000),
+        event("autograd::engine::evaluate_function: MmBackward0", 500, 600, "cpu_op", tid=2),
+        event("cudaLaunchKernel", 105, 107, "cuda_runtime", tid=3, correlation=8),  # noise of the next step
+        event("cudaMemcpyAsync", 505, 507, "cuda_runtime", tid=3, correlation=9),
         event("cudaLaunchKernel", 110, 112, "cuda_runtime", correlation=1),
         event("cudaLaunchKernel", 310, 312, "cuda_runtime", correlation=2),
         event("cudaLaunchKernel", 510, 512, "cuda_runtime", tid=2, correlation=3),
@@ -69,6 +73,8 @@ def test_on_a_gpu_a_kernel_counts_for_the_span_that_launched_it(tmp_path: Path) 
         event("cudaLaunchKernel", 950, 952, "cuda_driver", correlation=5),
         event("cudaMemcpyAsync", 1500, 1502, "cuda_runtime", correlation=6),
         # on the device, later than launched, on two streams
+        event("noise", 150, 200, "kernel", tid=9, correlation=8),
+        event("Memcpy HtoD", 900, 1000, "gpu_memcpy", tid=9, correlation=9),  # beside the all-reduce: no computing
         event("gemm", 200, 400, "kernel", tid=7, correlation=1),
         event("other", 400, 500, "kernel", tid=7, correlation=2),
         event("gemm", 600, 800, "kernel", tid=7, correlation=3),
@@ -86,8 +92,9 @@ def test_on_a_gpu_a_kernel_counts_for_the_span_that_launched_it(tmp_path: Path) 
     assert (parts["mlp"].forward_ms, parts["mlp"].backward_ms) == (0.1, pytest.approx(0.25))
     assert (parts["between layers"].forward_ms, parts["between layers"].backward_ms) == (0.05, 0.05)
     assert parts["optimizer"].other_ms == 0.05
+    assert parts["other threads"].other_ms == 0.075
     assert parts["everything else"].other_ms == 0.025
-    assert (found.steps, found.wall_ms, found.busy_ms) == (2, 1.0, pytest.approx(0.475))
+    assert (found.steps, found.wall_ms, found.busy_ms) == (2, 1.0, pytest.approx(0.5))
     assert found.communication == Communication(ms=0.15, overlapped_ms=0.05)
     assert (found.ops[0].name, found.ops[0].calls, found.ops[0].ms) == ("gemm", 1.0, 0.2)
     assert found.peak_bytes == 900 and found.memory == [(0.01, 100), (0.5, 900)]

@@ -57,7 +57,11 @@ class Op:
 
 @dataclass(frozen=True)
 class Communication:
-    """Time of collectives a step, and how much of it something else was computed in."""
+    """Time of collectives a step, and how much of it something else was computed in.
+
+    On the CPU a send or receive lasts from its start to the wait for it, be it done before: what is computed in between
+    counts as overlap.
+    """
 
     ms: Amount
     overlapped_ms: Amount
@@ -110,6 +114,8 @@ class _Stretch:
 KERNELS = ("kernel", "gpu_memcpy", "gpu_memset")
 LAUNCHES = ("cuda_runtime", "cuda_driver")
 COMPUTE = ("aten::", "sorahpc::")
+AUTOGRAD = "autograd::engine::evaluate_function"
+OTHER_THREADS = SPAN + "other threads"
 COLLECTIVES = ("nccl", "gloo:", "c10d::")  # begin or are part of their names
 
 
@@ -172,14 +178,15 @@ def analyse(path: Path) -> Findings:
         times = _of_kernels(kernels, spans, events, main)
         ops = [(e.name, e.end - e.start) for e in kernels]
         work = kernels
+        computing = [e for e in kernels if e.category == "kernel"]  # a copy moves, as a collective does
     else:
         times = [(s.name, s.end - s.start) for s in _innermost([*windows, *(e for e in spans if e.thread == main)])]
         operators = [e for e in events if e.category == "cpu_op" and e.thread == main and begin <= e.start < end]
         ops = [(s.name, s.end - s.start) for s in _innermost(operators)]
-        work = [e for e in operators if e.name.startswith(COMPUTE)]  # others may wait inside
+        work = computing = [e for e in operators if e.name.startswith(COMPUTE)]  # others may wait inside
     calls = Counter(e.name for e in (kernels or operators))
     talk = _union((e.start, e.end) for e in events if _is_collective(e, bool(kernels)) and begin <= e.start < end)
-    compute = _union((e.start, e.end) for e in work if not _is_collective(e, bool(kernels)))
+    compute = _union((e.start, e.end) for e in computing if not _is_collective(e, bool(kernels)))
     busy = _union((e.start, e.end) for e in work)
     memory = [(round((at - begin) / 1e3, 2), size) for at, size in memory_points(raw) if at >= begin]
     per_step = 1e-3 / steps
@@ -230,11 +237,13 @@ def _innermost(events: Sequence[_Event]) -> list[_Stretch]:
 
 
 def _of_kernels(
-    kernels: Sequence[_Event], spans: Sequence[_Event], events: Iterable[_Event], main: tuple[Any, Any]
+    kernels: Sequence[_Event], spans: Sequence[_Event], events: Sequence[_Event], main: tuple[Any, Any]
 ) -> list[tuple[str, float]]:
-    """(name of the span that launched it, us) of each kernel: the innermost of its thread, else of the main thread,
-    which waits while autograd's thread goes backward."""
+    """(name of the span that launched it, us) of each kernel: the innermost of its thread, or of the main thread
+    where autograd's launched it, for which the main thread waits. Others, such as the one that prepares the next batch,
+    have nothing to do with what the main thread is at."""
     launches = {e.correlation: e for e in events if e.category in LAUNCHES and e.correlation is not None}
+    autograd = {e.thread for e in events if e.name.startswith(AUTOGRAD)}
     by_thread = defaultdict(list)
     for event in spans:
         by_thread[event.thread].append(event)
@@ -248,7 +257,9 @@ def _of_kernels(
     out = []
     for kernel in kernels:
         launch = launches.get(kernel.correlation)
-        name = "" if launch is None else name_at(launch.thread, launch.start) or name_at(main, launch.start)
+        name = "" if launch is None else name_at(launch.thread, launch.start)
+        if launch is not None and not name and launch.thread != main:
+            name = name_at(main, launch.start) if launch.thread in autograd else OTHER_THREADS
         out.append((name, kernel.end - kernel.start))
     return out
 
