@@ -458,11 +458,11 @@ RANK_OUT = "runs/tiny/jobs/profile-train/log/rank1.out"
     ("script", "fault", "code", "expected"),
     [
         ("echo no; echo 'nsys: no licence' >&2; echo; exit 1", "", 3,
-         f"(exit 3): nsys: exit 1 without having run the job: nsys: no licence; its output is in {RANK_OUT}; mend what "
-         "it says, or use profile.tool=torch"),
-        ("exit 0", "", 3, "nsys: exit 0 without having run the job: no word; its output is in"),
+         f"(exit 3): nsys: exit 1 without having run the job: nsys: no licence; see {RANK_OUT} and mend the cause, "
+         "or use profile.tool=torch"),
+        ("exit 0", "", 3, "nsys: exit 0 without having run the job: no word; see"),
         ("kill -9 $$", "", 3, "nsys: killed by SIGKILL without having run the job: no word"),
-        (RUN + "echo disk full; exit 7", "", 3, "nsys: exit 7 after the job: disk full; its output is in"),
+        (RUN + "echo disk full; exit 7", "", 3, "nsys: exit 7 after the job: disk full; see"),
         (RUN + "exit 5", "kill:1:3", 3, "nsys: exit 5 while the job ran"),
         (RUN + "exit $?", "data:1:3", 4, "rank 1 failed (exit 4): clip 7: fault one; clip 8: fault two"),
         (RUN + "exit 0", "data:1:3", 4, "rank 1 failed (exit 4): clip 7: fault one; clip 8: fault two"),
@@ -494,7 +494,7 @@ def test_by_hand_a_failed_tool_is_told_by_the_status(tmp_path: Path) -> None:
     assert done.returncode == 3
     told = status(tmp_path, "profile-train")
     assert (told["state"], told["exit_code"]) == ("failed", 3)
-    assert told["message"].startswith("nsys: exit 1 without having run the job: no licence; its output is in the lines")
+    assert told["message"].startswith("nsys: exit 1 without having run the job: no licence; see the lines above")
     assert done.stderr.splitlines() == ["no licence", f"sorahpc: {told['message']}"]
 
 

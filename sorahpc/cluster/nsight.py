@@ -108,7 +108,9 @@ def run(command: list[str], stop: StopFlag, output: str) -> int:
                 preexec_fn=prepare,
             )
         except OSError as error:
-            raise SetupError(f"{command[0]}: can't be run: {error.strerror}; {_MEND}") from None
+            raise SetupError(
+                f"{command[0]}: can't be run: {error.strerror}; mend it, or use profile.tool=torch"
+            ) from None
         lines: deque[str] = deque(maxlen=1)
         reader = threading.Thread(target=_pass_on, args=(process.stdout, lines), daemon=True)
         reader.start()
@@ -129,10 +131,8 @@ def run(command: list[str], stop: StopFlag, output: str) -> int:
         return int(inside)
     when = "without having run the job" if not task else "while the job ran" if inside is None else "after the job"
     how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit {code}"
-    raise SetupError(f"{tool}: {how} {when}: {lines[0] if lines else 'no word'}; its output is in {output}; {_MEND}")
-
-
-_MEND = "mend what it says, or use profile.tool=torch"
+    said = lines[0] if lines else "no word"
+    raise SetupError(f"{tool}: {how} {when}: {said}; see {output} and mend the cause, or use profile.tool=torch")
 
 
 def note(exit_code: int | None = None) -> None:

@@ -272,6 +272,25 @@ def test_a_profile_of_training_is_a_gang_through_submitit_and_through_sbatch(
     assert (status["state"], status["job_id"]) == ("done", by_hand)
 
 
+def test_a_tool_that_fails_before_it_runs_the_first_rank_is_told_by_the_status(cli: Cli) -> None:
+    """Nobody but the rank itself can tell why: there is no launcher, and no log."""
+    nsys = cli.folder / "bin/nsys"
+    nsys.parent.mkdir()
+    nsys.write_text("#!/bin/bash\necho no licence >&2\nexit 1\n")
+    nsys.chmod(0o755)
+    train = gang(nodes=1, packs_per_step=1)
+    config = tiny.write_config(cli.folder, cluster=SLURM, train=train, profile={"tool": "nsys"})
+    path = f"{nsys.parent}{os.pathsep}{os.environ['PATH']}"
+    job_id = str(json.loads(cli("profile", "train", config, "--json", PATH=path))["job_id"])
+    assert cli.cluster.wait_for_job(job_id)["ExitCode"] == "3:0"
+    status = cli.status("profile-train")
+    assert (status["state"], status["exit_code"]) == ("failed", 3)
+    assert status["message"] == (
+        "nsys: exit 1 without having run the job: no licence; see the output of the Slurm job and mend the cause, or "
+        "use profile.tool=torch"
+    )
+
+
 @pytest.mark.parametrize(
     ("script", "args", "expected"),
     [
