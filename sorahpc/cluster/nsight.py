@@ -118,7 +118,7 @@ def run(command: list[str], stop: StopFlag, output: str) -> int:
         try:
             while (code := _ended(process)) is None:
                 task = read_json(notes)
-                if task and stop() and not told:
+                if task and task.get("exit_code") is None and stop() and not told:
                     told = True
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(task["pid"], signal.SIGTERM)
