@@ -290,10 +290,10 @@ def test_the_backward_of_a_layer_whose_input_needs_no_gradient_is_its_own(tmp_pa
     found = read_summary(path).found
     assert found is not None
     parts = parts_of(found)
-    # Bounds below are what sleeps there; above, as much again for the little that is computed, on a busy machine.
+    # Bounds below are what sleeps there; above, as much again: on a busy machine a sleep is long.
     for name, least in (("x", 40), ("t", 60), ("layer", 80)):
-        assert least <= parts[name].backward_ms <= least + 20, name
-    assert parts["all"].backward_ms < 20 and parts["between layers"].backward_ms < 20
+        assert least <= parts[name].backward_ms <= 2 * least, name
+    assert parts["all"].backward_ms < 40 and parts["between layers"].backward_ms < 40
     assert sum(part.ms for part in found.parts) == pytest.approx(found.wall_ms, rel=0.01)
     assert not any(layer._backward_hooks for _, layer in layers)
 
