@@ -215,18 +215,25 @@ def test_they_compile_into_one_graph_for_packs_of_any_size(device: str) -> None:
         graph(x, t, grids_of([(1, 1, 1)]))
 
 
-X, G = torch.zeros(4, 12), grids_of([(1, 2, 2)])
+X, G, HUGE = torch.zeros(4, 12), grids_of([(1, 2, 2)]), grids_of([(2**31, 1, 1)])
 
 
 @pytest.mark.parametrize(
     ("message", "call"),
     {
-        "dim must be a multiple of 6, not 10": lambda: ops.sincos3d(G, 10),
-        "dim must be a multiple of 6, not 11": lambda: ops.add_sincos3d(X[:, :11], G),
-        "dim must be a multiple of 6, not 0": lambda: ops.sincos3d(G, 0),
+        "dim 10, expected a multiple of 6": lambda: ops.sincos3d(G, 10),
+        "dim 11, expected a multiple of 6": lambda: ops.add_sincos3d(X[:, :11], G),
+        "dim 0, expected a whole number from 6": lambda: ops.sincos3d(G, 0),
         "grids have 4 tokens, the input has 3": lambda: ops.add_sincos3d(X[:3], G),
         r"grids have 4 tokens, expected 1 \+ 4 at least": lambda: ops.add_sincos3d(X, G, first=1),
         r"grids have 4 tokens, expected 2 \+ 3 at least": lambda: ops.sincos3d(G, 6, first=2, length=3),
+        "dim 12.0, expected a whole number": lambda: ops.sincos3d(G, 12.0),
+        r"grid \(2147483648, 1, 1\), expected counts of at least 1 and below": lambda: ops.sincos3d(HUGE, 6, length=1),
+        "timestep_embedding: dim 33554432": lambda: ops.timestep_embedding(X[0], 2**25),
+        r"scale 1e\+17, expected at most 2\^40": lambda: ops.timestep_embedding(X[0], 8, scale=1e17),
+        "scale nan": lambda: ops.timestep_embedding(X[0], 8, scale=float("nan")),
+        "t is list": lambda: ops.timestep_embedding([0.5], 8),
+        "x is torch.sparse_coo": lambda: ops.add_sincos3d(X.to_sparse(), G),
         "first -1": lambda: ops.add_sincos3d(X, G, first=-1),
         "length -1": lambda: ops.sincos3d(G, 6, length=-1),
         "theta 0": lambda: ops.sincos3d(G, 6, 0.0),

@@ -308,6 +308,10 @@ BAD = {
     r"seed 9223372036854775808": {"seed": 2**63},
     r"target 'noise', expected one of velocity, eps, v": {"target": "noise"},
     r"patch \(1, 0, 2\)": {"patch": (1, 0, 2)},
+    r"patch \(1, 1, 5000\): size 5000, expected a whole number from 1 to 4096": {"patch": (1, 1, 5000)},
+    r"channels 2097152, expected a whole number from 1 to 1048576": {"channels": 2**21},
+    r"seed 1.5, expected a whole number": {"seed": 1.5},
+    r"t is float, expected a tensor": {"t": 0.5},
 }
 
 
@@ -319,10 +323,27 @@ def test_a_misfit_is_one_valueerror_with_the_numbers(message: str, change: dict)
     assert "\n" not in str(caught.value)
 
 
+def test_noise_stands_on_no_default_of_torch() -> None:
+    expected = ops.noise(1, 2, 3, (4, 5))
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float64)
+        with torch.device("meta"):
+            assert torch.equal(ops.noise(1, 2, 3, (4, 5)), expected)
+    finally:
+        torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize(("sample_id", "visit"), [(2**63, 0), (-1, 0), (0, 2**32), (0, 0.5)])
+def test_noise_of_a_sample_that_can_not_be_is_refused(sample_id: int, visit: int) -> None:
+    with pytest.raises(ValueError, match=r"noise: .*, expected a whole number from 0"):
+        ops.noise(1, sample_id, visit, (4,))
+
+
 def test_noise_for_more_elements_than_can_be_counted_is_refused() -> None:
     x = torch.zeros(1).expand(2**34 + 4)
     with pytest.raises(ValueError, match=r"has 17179869188 elements, noise is drawn for 2\^34"):
-        ops.flow_patchify(x, T, I, torch.tensor([[1, 4, 2**32 + 1]]), 1, (1, 1, 1), seed=0)
+        ops.flow_patchify(x, T, I, torch.tensor([[4, 641, 6700417]]), 1, (1, 1, 1), seed=0)
 
 
 @compiled_only

@@ -182,6 +182,28 @@ def test_a_mean_far_from_zero_costs_no_digits() -> None:
     assert float((got - truth).abs().max()) < 2e-3  # the mean itself is rounded to 4096 * 2^-24
 
 
+@devices
+@pytest.mark.parametrize("mean", [100.0, 1e4])
+@pytest.mark.parametrize("M", [384, 1152, 1157])
+def test_a_mean_far_from_zero_is_as_near_as_the_references(M: int, mean: float, device: str) -> None:
+    """With one row, whose error no other's evens out: a mean off by its sum's rounding made it 36 times as far."""
+    for seed in range(20):
+        x, shift, scale = torch.randn(3, 1, M, generator=torch.Generator().manual_seed(seed))
+        x, lens = x + mean, torch.tensor([1])
+        inputs = [v.to(device) for v in (x, shift, scale)]
+        got = ops.modulate(*inputs, lens)
+        with ops.use_reference():
+            expected, truth = ops.modulate(*inputs, lens), ops.modulate(*(v.double().cpu() for v in inputs), lens)
+        assert error(got, truth) <= 2 * error(expected, truth) + 0.05 * 2**-23 * float(truth.norm()), seed
+
+
+@devices
+@pytest.mark.parametrize("value", [0.1, 3e4, 1e8, -1e8])
+def test_a_row_of_equal_numbers_stays_finite(value: float, device: str) -> None:
+    x, zeros = torch.full((3, 1000), value, device=device), torch.zeros(1, 1000, device=device)
+    assert ops.modulate(x, zeros, zeros, torch.tensor([3])).isfinite().all()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_the_norm_is_of_the_sum_as_it_is_returned(dtype: torch.dtype) -> None:
     inputs, lens = make([5, 9], 96, GIVEN["gated, modulated"], dtype)
@@ -429,6 +451,8 @@ MOMENTS = torch.ones(4, 2)
         "lens have 0 tokens, the input has 4": (X, X, torch.zeros(0, dtype=torch.int64)),
         "lens has -1, expected counts of at least 0": (X, X, torch.tensor([5, -1])),
         "eps -1.0, expected at least 0": (X, X, LENS_4, V, V, V, -1.0),
+        "eps inf, expected at least 0, finite": (X, X, LENS_4, V, V, V, float("inf")),
+        "branch is NoneType, expected a tensor": (X, None, LENS_4),
         "eps nan, expected at least 0": (X, X, LENS_4, V, V, V, float("nan")),
     }.items(),
     ids=lambda x: x if isinstance(x, str) else "",

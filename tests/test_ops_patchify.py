@@ -360,9 +360,9 @@ X, G = torch.zeros(48), grids_of([(1, 2, 2)])  # 4 tokens of 3 x 1x2x2
         r"grids is torch.int32 on cpu of shape \(1, 3\)": (X, G.int(), 3, (1, 2, 2)),
         r"of shape \(3,\), expected int64 on cpu \[S, 3\]": (X, G[0], 3, (1, 2, 2)),
         "grids is torch.int64 on meta": (X, G.to("meta"), 3, (1, 2, 2)),
-        r"channels 0 and patch \(1, 2, 2\)": (X, G, 0, (1, 2, 2)),
+        r"channels 0, expected a whole number from 1": (X, G, 0, (1, 2, 2)),
         r"patch \(1, 2\),": (X, G, 3, (1, 2)),
-        r"patch \(1, 0, 2\),": (X, G, 3, (1, 0, 2)),
+        r"patch \(1, 0, 2\): size 0, expected a whole number from 1": (X, G, 3, (1, 0, 2)),
     }.items(),
     ids=lambda x: x if isinstance(x, str) else "",
 )

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from levels import LEVELS, run_at_level
@@ -363,7 +364,7 @@ Q, W, G = torch.zeros(4, 2, 8), torch.ones(8), grids_of([(1, 2, 2)])
     [
         ("grids have 4 tokens, the input has 3", (Q[:3], Q[:3], G, (4, 2, 2)), {}),
         (r"grids have 4 tokens, expected 2 \+ 4 at least", (Q, Q, G, (4, 2, 2)), {"first": 2}),
-        ("first -1, expected at least 0", (Q, Q, G, (4, 2, 2)), {"first": -1}),
+        ("first -1, expected a whole number from 0", (Q, Q, G, (4, 2, 2)), {"first": -1}),
         (r"grid \(0, 2, 2\), expected counts", (Q, Q, grids_of([(0, 2, 2)]), (4, 2, 2)), {}),
         ("grids is torch.int32 on cpu", (Q, Q, G.int(), (4, 2, 2)), {}),
         ("grids is torch.int64 on meta", (Q, Q, G.to("meta"), (4, 2, 2)), {}),
@@ -379,8 +380,18 @@ Q, W, G = torch.zeros(4, 2, 8), torch.ones(8), grids_of([(1, 2, 2)])
         ("head dim 258, expected at most 256", (torch.zeros(4, 1, 258), torch.zeros(4, 1, 258), G, (258, 0, 0)), {}),
         (r"theta \(0.0, 0.0, 0.0\), expected three positive", (Q, Q, G, (4, 2, 2), 0.0), {}),
         (r"theta \(10000.0, 10000.0\)", (Q, Q, G, (4, 2, 2), (1e4, 1e4)), {}),
-        (r"scale \(nan, 1.0, 1.0\), expected three finite", (Q, Q, G, (4, 2, 2)), {"scale": (float("nan"), 1, 1)}),
-        (r"offset \(1.0,\)", (Q, Q, G, (4, 2, 2)), {"offset": (1,)}),
+        (r"scale \(nan, 1, 1\), expected three finite", (Q, Q, G, (4, 2, 2)), {"scale": (float("nan"), 1, 1)}),
+        (r"offset \(1,\)", (Q, Q, G, (4, 2, 2)), {"offset": (1,)}),
+        (r"scale \(2.0,\), expected three finite", (Q, Q, G, (4, 2, 2)), {"scale": 2.0}),
+        (r"theta \(1000", (Q, Q, G, (4, 2, 2), 10**400), {}),
+        (r"axes_dim \(4.9, 2.1, 2\)", (Q, Q, G, (4.9, 2.1, 2)), {}),
+        (r"axes_dim \(8,\)", (Q, Q, G, 8), {}),
+        ("first 0.5, expected a whole number", (Q, Q, G, (4, 2, 2)), {"first": 0.5}),
+        ("first 2251799813685248, expected a whole number", (Q, Q, G, (4, 2, 2)), {"first": 2**51}),
+        (r"grid \(2147483648, 1, 1\), .* below 2\^31", (Q, Q, grids_of([(2**31, 1, 1)]), (4, 2, 2)), {"first": 0}),
+        (r"tokens, expected at most 2\^50", (Q, Q, grids_of([(2**31 - 1,) * 3]), (4, 2, 2)), {"first": 0}),
+        ("grids is list, expected a tensor", (Q, Q, [[1, 2, 2]], (4, 2, 2)), {}),
+        ("q is torch.sparse_coo", (Q.to_sparse(), Q, G, (4, 2, 2)), {}),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )
@@ -394,6 +405,87 @@ def test_a_misfit_is_one_valueerror_with_the_numbers(message: str, args: tuple, 
             else:
                 call()
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("eps", [-1.0, float("nan"), float("inf")])
+def test_an_eps_that_is_none_is_refused(eps: float) -> None:
+    with pytest.raises(ValueError, match=f"qk_norm_rope3d: eps {eps}, expected at least 0, finite"):
+        ops.qk_norm_rope3d(Q, Q, W, W, G, (4, 2, 2), eps=eps)
+
+
+def test_theta_may_be_any_kind_of_number() -> None:
+    x, expected = Q + 1, ops.rope3d(Q + 1, Q, G, (4, 2, 2), 100.0)[0]
+    for theta in (np.float32(100), np.int64(100), torch.tensor(100.0), [100, 100, 100]):
+        assert torch.equal(ops.rope3d(x, Q, G, (4, 2, 2), theta)[0], expected)
+
+
+@compiled_only
+@pytest.mark.parametrize("scale", [0.1, 0.3, 2 / 3])
+def test_any_scale_keeps_its_accuracy_here_and_in_the_reference(scale: float) -> None:
+    grids, x = grids_of([(4001, 1, 1)]), torch.ones(4001, 1, 64)
+    angles = (4000 * scale + 0.1) * 1e4 ** -(torch.arange(0, 64, 2, dtype=torch.float64) / 64)
+    for body in ("compiled", "reference"):
+        with ops.chosen(body):
+            got = ops.rope3d(x, x, grids, (64, 0, 0), offset=(0.1, 0, 0), scale=(scale, 1, 1))[0][4000, 0].double()
+        assert (got[0::2] - (angles.cos() - angles.sin())).abs().max() < 5e-7, body
+
+
+@pytest.mark.parametrize("op", ["qk_norm_rope3d", "residual_norm", "modulate"])
+def test_what_has_no_second_derivative_says_so(op: str) -> None:
+    x, w, v, lens = Q[:, 0].clone().requires_grad_(), W.clone(), torch.ones(1, 8), torch.tensor([4])
+
+    def first() -> Tensor:
+        if op == "qk_norm_rope3d":
+            out = ops.qk_norm_rope3d(x[:, None], x[:, None], w, w, G, (4, 2, 2))[0]
+        else:
+            out = ops.modulate(x, v, v, lens) if op == "modulate" else ops.residual_norm(x, x, lens)[1]
+        return torch.autograd.grad(out.sin().sum(), x, create_graph=True)[0]
+
+    if LIBRARY.is_file():
+        with pytest.raises(NotImplementedError, match="for second derivatives"):
+            torch.autograd.grad(first().sum(), x)
+    with ops.use_reference():
+        torch.autograd.grad(first().sum(), x)
+
+
+def test_forward_mode_is_refused_where_it_would_be_zero() -> None:
+    def turned(x: Tensor) -> Tensor:
+        return ops.rope3d(x, x, G, (4, 2, 2))[0]
+
+    x = normal(4, 2, 8)
+    with pytest.raises(NotImplementedError, match="rope3d has no forward-mode derivative"):
+        torch.func.jvp(turned, (x,), (x,))
+    with ops.use_reference():
+        assert torch.allclose(torch.func.jvp(turned, (x,), (x,))[1], turned(x))
+
+
+def test_the_references_tables_serve_training_after_inference() -> None:
+    q = normal(6, 1, 8, seed=5).requires_grad_()
+    grids = grids_of([(3, 1, 2)])
+    with ops.use_reference():
+        with torch.inference_mode():
+            ops.rope3d(q, q, grids, (4, 2, 2), 777.0)
+        ops.rope3d(q, q, grids, (4, 2, 2), 777.0)[0].sum().backward()
+        with torch.device("meta"):
+            ops.rope3d(q, q, grids, (4, 2, 2), 778.0)
+    assert q.grad is not None
+
+
+@pytest.mark.parametrize("op", ["rope3d", "add_sincos3d"])
+def test_ranks_of_packs_of_any_size_share_one_graph(op: str) -> None:
+    """`first` differs from rank to rank and from pack to pack: it must not be a constant of the graph."""
+    torch._dynamo.reset()
+
+    def step(x: Tensor, grids: Tensor, first: int) -> Tensor:
+        if op == "rope3d":
+            return ops.rope3d(x[:, None], x[:, None], grids, (4, 4, 4), first=first)[0] * 2
+        return ops.add_sincos3d(x, grids, first=first) * 2
+
+    graph = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
+    for width in range(4, 18):  # a graph each would be more than torch's limit of 8
+        grids, half = grids_of([(2, 2, width)]), 2 * width
+        x = torch.randn(half, 12)
+        assert torch.equal(graph(x, grids, half), step(x, grids, half))
 
 
 def test_a_weight_that_is_no_head_long_is_refused() -> None:

@@ -46,15 +46,39 @@ SORAHPC_INLINE V store_rounded(T* p, V v) {
   return load<N>(rounded.x);
 }
 
-// 1 / sqrt(mean square of (x - mean) + eps)
-template <typename C, typename T>
-SORAHPC_INLINE C inverse_deviation(const T* x, int64_t M, C mean, double eps) {
-  const C squares = total<C>(M, [&](auto w, int64_t i) __attribute__((always_inline)) {
-    const auto off = load<decltype(w)::value>(x + i) - mean;
-    return off * off;
-  });
-  const C v = squares / C(M) + C(eps);
-  return C(1) / C(sizeof(C) == 8 ? __builtin_sqrt(v) : __builtin_sqrtf(v));
+template <typename C>
+struct Moments {
+  C mean, r;  // r = 1 / sqrt(variance + eps)
+};
+
+// Of a row x in the first cache, whose sum is known. What is left of the mean when a rounded one is taken off is added to
+// it, so that the order of the sum, which is another one in each program, costs no digits.
+template <typename C>
+SORAHPC_INLINE Moments<C> moments_of(const C* x, int64_t M, C sum_of_x, double eps) {
+  constexpr int N = LANES<C>, TOGETHER = 4;  // sums, so that an addition needn't wait for the one before
+  const C guess = sum_of_x / C(M);
+  Vec<C, N> offs[TOGETHER]{}, squares[TOGETHER]{};
+  int64_t i = 0;
+  for (; i + TOGETHER * N <= M; i += TOGETHER * N)
+    unrolled<TOGETHER>([&](auto k) __attribute__((always_inline)) {
+      constexpr int K = decltype(k)::value;
+      const Vec<C, N> off = load<N>(x + i + K * N) - guess;
+      offs[K] += off, squares[K] += off * off;
+    });
+  for (; i + N <= M; i += N) {
+    const Vec<C, N> off = load<N>(x + i) - guess;
+    offs[0] += off, squares[0] += off * off;
+  }
+  C left = sum<C, N>((offs[0] + offs[1]) + (offs[2] + offs[3]));
+  C square = sum<C, N>((squares[0] + squares[1]) + (squares[2] + squares[3]));
+  for (; i < M; ++i) {
+    const C off = x[i] - guess;
+    left += off, square += off * off;
+  }
+  left /= C(M);
+  const C variance = square / C(M) - left * left;
+  const C v = (variance < 0 ? 0 : variance) + C(eps);  // below 0 by rounding, of a row of equal numbers
+  return {guess + left, C(1) / C(sizeof(C) == 8 ? __builtin_sqrt(v) : __builtin_sqrtf(v))};
 }
 
 // Tokens [begin, end). A row's result and the next row's sum are one loop, so that memory has reads and writes to do in
@@ -86,10 +110,10 @@ void ada_norm_tokens(const AdaNorm& op, const Sample* samples, int64_t begin, in
   int64_t s = find_sample(samples, op.num_samples, begin);
   C all = total<C>(M, taker(begin, s, now));
   for (int64_t token = begin; token < end; ++token) {
-    const C mean = all / C(M), r = inverse_deviation<C>(now, M, mean, op.eps);
+    const auto [mean, r] = moments_of<C>(now, M, all, op.eps);
     C* const moments = (C*)op.moments + 2 * token;
     moments[0] = mean, moments[1] = r;
-    const auto give = [mean, r, now, shift = row_of<T>(op.shift, s), scale = row_of<T>(op.scale, s),
+    const auto give = [mean = mean, r = r, now, shift = row_of<T>(op.shift, s), scale = row_of<T>(op.scale, s),
                        y = (T*)op.y + token * M](auto w, int64_t i) __attribute__((always_inline)) {
       constexpr int N = decltype(w)::value;
       Vec<C, N> v = (load<N>(now + i) - mean) * r;

@@ -76,15 +76,18 @@ __global__ void __launch_bounds__(THREADS)
         all += v[j];
       }
     }
-    const float mean = block_sum(all, 0).x / float(M);
-    float squares = 0;
+    const float guess = block_sum(all, 0).x / float(M);
+    float offs = 0, squares = 0;  // offs: see moments_of in cpu/ada_norm.h
     for (int i = first; i < M; i += step)
 #pragma unroll
       for (int j = 0; j < VEC; ++j) {
-        const float off = row[at<VEC>(M, i, j)] - mean;
-        squares += off * off;
+        const float off = row[at<VEC>(M, i, j)] - guess;
+        offs += off, squares += off * off;
       }
-    const float r = 1.0f / sqrtf(block_sum(squares, 0).x / float(M) + float(op.eps));
+    const float2 both = block_sum(offs, squares);
+    const float left = both.x / float(M), mean = guess + left;
+    const float variance = both.y / float(M) - left * left;
+    const float r = 1.0f / sqrtf((variance < 0.0f ? 0.0f : variance) + float(op.eps));
     if (threadIdx.x == 0) static_cast<float2*>(op.moments)[token] = make_float2(mean, r);
     for (int i = first; i < M; i += step) {
       float v[VEC], a[VEC], b[VEC];

@@ -104,8 +104,8 @@ Tensor timestep_embedding(const Tensor& t, int64_t dim, double scale, double max
 }
 
 const Schema schemas[] = {
-    Schema("sincos3d(Tensor like, Tensor grids, int dim, float theta, int first, SymInt length) -> Tensor"),
-    Schema("add_sincos3d(Tensor x, Tensor grids, float theta, int first) -> Tensor"),
+    Schema("sincos3d(Tensor like, Tensor grids, int dim, float theta, SymInt first, SymInt length) -> Tensor"),
+    Schema("add_sincos3d(Tensor x, Tensor grids, float theta, SymInt first) -> Tensor"),
     Schema("timestep_embedding(Tensor t, int dim, float scale, float max_period) -> Tensor")};
 
 }  // namespace

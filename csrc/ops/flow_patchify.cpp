@@ -76,7 +76,7 @@ std::tuple<Tensor, Tensor> flow_patchify(const Tensor& latents, const Tensor& t,
 
 const Schema schema_flow_patchify(
     "flow_patchify(Tensor latents, Tensor t, Tensor ids, Tensor grids, int channels, int pt, int ph, int pw, bool "
-    "channels_last, int seed, int target) -> (Tensor, Tensor)");
+    "channels_last, SymInt seed, int target) -> (Tensor, Tensor)");
 
 }  // namespace
 }  // namespace sorahpc

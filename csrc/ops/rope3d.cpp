@@ -194,7 +194,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> qk_norm_rope3d_backward(
 }
 
 #define HOW \
-  "Tensor grids, int[] axes_dim, float[] theta, float[] offset, float[] scale, int first, bool interleaved, "
+  "Tensor grids, int[] axes_dim, float[] theta, float[] offset, float[] scale, SymInt first, bool interleaved, "
 const Schema schemas[] = {
     Schema("rope3d(Tensor q, Tensor k, " HOW "bool inverse) -> (Tensor, Tensor)"),
     Schema("qk_norm_rope3d(Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, " HOW "float eps) -> (Tensor, Tensor)"),

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from sorahpc.errors import SetupError
 
@@ -62,8 +63,10 @@ def define(
         reference: the default body, out of plain torch ops that autograd can follow. It returns new memory, never a
             view of an argument.
         fake: shape and dtype of the result, without data.
-        setup_context, backward: the gradient, as of ``torch.library.register_autograd``; none for an op that is itself
-            the gradient of another.
+        setup_context, backward: the gradient, as of ``torch.library.register_autograd``. None for an op that is itself
+            the gradient of another: it refuses to be differentiated, where torch would give a part of the answer.
+
+    What it returns refuses forward-mode differentiation, for which torch would give zeros.
 
     Raises:
         SetupError: the compiled op was built for another schema; calling it would read garbage.
@@ -74,12 +77,21 @@ def define(
     _definitions.define(schema)
     _definitions.impl(name, reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"sorahpc::{name}", fake, lib=_definitions)
-    if backward is not None:
-        torch.library.register_autograd(f"sorahpc::{name}", backward, setup_context=setup_context, lib=_definitions)
+
+    def refuse(*_: Any) -> None:
+        raise NotImplementedError(f"{name} can't be differentiated; for second derivatives: ops.use_reference()")
+
+    torch.library.register_autograd(
+        f"sorahpc::{name}", backward or refuse, setup_context=setup_context, lib=_definitions
+    )
     op = _ops[name] = getattr(torch.ops.sorahpc, name).default
 
     def call(*args: Any) -> Any:
-        return reference(*args) if _reference_wanted else op(*args)
+        if _reference_wanted:
+            return reference(*args)
+        if forward_ad._current_level >= 0:
+            raise NotImplementedError(f"{name} has no forward-mode derivative; ops.use_reference() has")
+        return op(*args)
 
     return call
 

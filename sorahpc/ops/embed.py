@@ -9,7 +9,11 @@ import torch
 from torch import Tensor
 
 from sorahpc.ops._library import define
-from sorahpc.ops.pack import DTYPES, check_grids, positions3d
+from sorahpc.ops.pack import DTYPES, MAX_TOKENS, check_grids, check_tensors, positions3d, sum_of_grids, whole
+
+MAX_DIM = 6 * 2**20
+MAX_TIMESTEP_DIM = 2**24
+MAX_TIMESTEP_SCALE = 2.0**40  # float32 can't tell beyond where on the circle an angle lies
 
 
 def sincos3d(
@@ -42,9 +46,8 @@ def sincos3d(
     _check_numbers("sincos3d", dim, theta, first)
     if length is None:
         check_grids("sincos3d", grids, 0, 0)
-        length = max(int(grids.prod(1).sum()) - (first or 0), 0)
-    elif length < 0:
-        raise ValueError(f"sincos3d: length {length}, expected at least 0")
+        length = max(sum_of_grids("sincos3d", grids) - (first or 0), 0)
+    length = whole("sincos3d", "length", length, 0, MAX_TOKENS)
     check_grids("sincos3d", grids, length, first or 0)
     out: Tensor = _sincos3d(like, grids, dim, float(theta), first or 0, length)
     return out
@@ -90,19 +93,23 @@ def timestep_embedding(t: Tensor, dim: int, *, scale: float = 1000.0, max_period
         ValueError: what does not fit.
     """
     op = "timestep_embedding"
+    check_tensors(op, t=t)
     if t.dtype not in DTYPES or t.dim() != 1:
         raise ValueError(f"{op}: t is {t.dtype} of shape {tuple(t.shape)}, expected [S] of a floating dtype")
     if t.dtype is torch.float64 and t.device.type != "cpu":
         raise ValueError(f"{op}: t is float64 on {t.device}, which is for the CPU alone")
-    if dim < 2 or dim % 2:
-        raise ValueError(f"{op}: dim {dim}, expected an even number of at least 2")
-    if not (0 < max_period < math.inf and -math.inf < scale < math.inf):
-        raise ValueError(f"{op}: max_period {max_period} and scale {scale}, expected finite, the period positive")
+    if whole(op, "dim", dim, 2, MAX_TIMESTEP_DIM) % 2:
+        raise ValueError(f"{op}: dim {dim}, expected an even number")
+    if not 0 < max_period < math.inf:
+        raise ValueError(f"{op}: max_period {max_period}, expected a positive number")
+    if not abs(scale) <= MAX_TIMESTEP_SCALE:
+        raise ValueError(f"{op}: scale {scale}, expected at most 2^40 in size")
     out: Tensor = _timestep_embedding(t, dim, float(scale), float(max_period))
     return out
 
 
 def _check_dtype(op: str, name: str, x: Tensor) -> None:
+    check_tensors(op, **{name: x})
     if x.dtype not in DTYPES:
         raise ValueError(f"{op}: {name} is {x.dtype}, expected one of {', '.join(map(str, DTYPES))}")
     if x.dtype is torch.float64 and x.device.type != "cpu":
@@ -110,12 +117,12 @@ def _check_dtype(op: str, name: str, x: Tensor) -> None:
 
 
 def _check_numbers(op: str, dim: int, theta: float, first: int | None) -> None:
-    if dim < 6 or dim % 6:
-        raise ValueError(f"{op}: dim must be a multiple of 6, not {dim}")
+    if whole(op, "dim", dim, 6, MAX_DIM) % 6:
+        raise ValueError(f"{op}: dim {dim}, expected a multiple of 6")
     if not 0 < theta < math.inf:
         raise ValueError(f"{op}: theta {theta}, expected a positive number")
-    if first is not None and first < 0:
-        raise ValueError(f"{op}: first {first}, expected at least 0")
+    if first is not None:
+        whole(op, "first", first, 0, MAX_TOKENS)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -128,7 +135,7 @@ def _embedding(grids: Tensor, dim: int, theta: float, first: int, length: int) -
     if len(positions) < first + length:  # as in the compiled body: what is called without our checks is told
         raise ValueError(f"grids: {len(positions)} tokens, expected at least {first + length}")
     half = dim // 6
-    frequencies = theta ** -(torch.arange(half, dtype=torch.float64) / half)
+    frequencies = theta ** -(torch.arange(half, dtype=torch.float64, device="cpu") / half)
     angles = positions[first : first + length].double()[:, :, None] * frequencies  # [L, 3, dim/6]
     return torch.cat((angles.sin(), angles.cos()), dim=-1).flatten(1)
 
@@ -145,7 +152,7 @@ def _add_sincos3d_reference(x: Tensor, grids: Tensor, theta: float, first: int) 
 
 
 def _frequencies(like: Tensor, half: int, max_period: float) -> Tensor:
-    exact = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float64) / half)
+    exact = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float64, device="cpu") / half)
     return exact.to(like.device, torch.float64 if like.dtype is torch.float64 else torch.float32)
 
 
@@ -184,12 +191,12 @@ def _timestep_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _sincos3d = define(
-    "sincos3d(Tensor like, Tensor grids, int dim, float theta, int first, SymInt length) -> Tensor",
+    "sincos3d(Tensor like, Tensor grids, int dim, float theta, SymInt first, SymInt length) -> Tensor",
     reference=_sincos3d_reference,
     fake=lambda like, grids, dim, theta, first, length: like.new_empty((length, dim)),
 )
 _add_sincos3d = define(
-    "add_sincos3d(Tensor x, Tensor grids, float theta, int first) -> Tensor",
+    "add_sincos3d(Tensor x, Tensor grids, float theta, SymInt first) -> Tensor",
     reference=_add_sincos3d_reference,
     fake=lambda x, grids, theta, first: x.new_empty(x.shape),
     setup_context=_save_nothing,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sorahpc.ops._library import define
+from sorahpc.ops.pack import check_tensors, whole
 from sorahpc.ops.patchify import _check, _patchify_reference, _unpatchify
 
 TARGETS = ("velocity", "eps", "v")
@@ -57,8 +58,8 @@ def flow_patchify(
         raise ValueError(f"{op}: latents is float64 on {latents.device}, which is for the CPU alone")
     if target not in TARGETS:
         raise ValueError(f"{op}: target {target!r}, expected one of {', '.join(TARGETS)}")
-    if not 0 <= seed < 2**63:
-        raise ValueError(f"{op}: seed {seed}, expected 0 to 2^63 - 1")
+    seed = whole(op, "seed", seed, 0, 2**63 - 1)
+    check_tensors(op, t=t, ids=ids)
     samples = len(grids)
     if t.dtype != torch.float32 or t.device.type != "cpu" or t.shape != (samples,):
         raise ValueError(
@@ -85,10 +86,13 @@ def noise(seed: int, sample_id: int, visit: int, shape: tuple[int, ...]) -> Tens
     Returns:
         float32 CPU tensor.
     """
+    whole("noise", "sample_id", sample_id, 0, 2**63 - 1)
+    whole("noise", "visit", visit, 0, 2**32 - 1)
     size = math.prod(shape)
-    grids = torch.tensor([[1, 1, size]] if size else [], dtype=torch.int64).view(-1, 3)
-    ids = torch.tensor([[sample_id, visit]] if size else [], dtype=torch.int64).view(-1, 2)
-    t, nothing = torch.ones(len(grids)), torch.zeros(size)
+    with torch.device("cpu"):
+        grids = torch.tensor([[1, 1, size]] if size else [], dtype=torch.int64).view(-1, 3)
+        ids = torch.tensor([[sample_id, visit]] if size else [], dtype=torch.int64).view(-1, 2)
+        t, nothing = torch.ones(len(grids), dtype=torch.float32), torch.zeros(size, dtype=torch.float32)
     return flow_patchify(nothing, t, ids, grids, 1, (1, 1, 1), seed=seed, target="eps")[1].view(shape)
 
 
@@ -228,7 +232,7 @@ def _backward(ctx: Any, d_noised: Tensor, d_learned: Tensor) -> tuple[Tensor | N
 
 _flow_patchify = define(
     "flow_patchify(Tensor latents, Tensor t, Tensor ids, Tensor grids, int channels, int pt, int ph, int pw, bool "
-    "channels_last, int seed, int target) -> (Tensor, Tensor)",
+    "channels_last, SymInt seed, int target) -> (Tensor, Tensor)",
     reference=_flow_patchify_reference,
     fake=_fake,
     setup_context=_save,

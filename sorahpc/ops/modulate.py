@@ -5,13 +5,14 @@ One shift, scale and gate vector a sample, never spread over its tokens. Math in
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sorahpc.ops._library import define
-from sorahpc.ops.pack import DTYPES, check_lens
+from sorahpc.ops.pack import DTYPES, check_lens, check_tensors
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, lens: Tensor, eps: float = 1e-6) -> Tensor:
@@ -73,14 +74,15 @@ def _found(x: Tensor | None) -> str:
 
 
 def _check(op: str, x: Tensor, lens: Tensor, eps: float, tokens: dict[str, Tensor], vectors: dict[str, Tensor]) -> None:
+    check_tensors(op, x=x, **tokens, **vectors)
     if x.dtype not in DTYPES:
         raise ValueError(f"{op}: x is {x.dtype}, expected one of {', '.join(map(str, DTYPES))}")
     if x.dtype is torch.float64 and x.device.type != "cpu":
         raise ValueError(f"{op}: x is float64 on {x.device}, which is for the CPU alone")
     if x.dim() != 2 or x.shape[1] < 1:
         raise ValueError(f"{op}: x has shape {list(x.shape)}, expected [L, M], M at least 1")
-    if not eps >= 0:
-        raise ValueError(f"{op}: eps {eps}, expected at least 0")
+    if not 0 <= eps < math.inf:
+        raise ValueError(f"{op}: eps {eps}, expected at least 0, finite")
     check_lens(op, lens, x.shape[0])
     for rows, group in ((x.shape[0], tokens), (lens.shape[0], vectors)):
         for name, v in group.items():

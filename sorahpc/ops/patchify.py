@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from sorahpc.ops._library import define
-from sorahpc.ops.pack import DTYPES
+from sorahpc.ops.pack import DTYPES, check_tensors, sum_of_grids, whole
+
+MAX_CHANNELS, MAX_PATCH = 2**20, 2**12  # so that their product can't overflow
 
 
 def patchify(
@@ -49,10 +51,12 @@ def unpatchify(
 
 
 def _check(op: str, name: str, x: Tensor, dims: int, grids: Tensor, channels: int, patch: tuple[int, int, int]) -> None:
-    if len(patch) != 3 or min(patch) < 1 or channels < 1:
-        raise ValueError(
-            f"{op}: channels {channels} and patch {tuple(patch)}, expected a channel count and three sizes >= 1"
-        )
+    check_tensors(op, **{name: x}, grids=grids)
+    whole(op, "channels", channels, 1, MAX_CHANNELS)
+    if len(patch) != 3:
+        raise ValueError(f"{op}: patch {tuple(patch)}, expected three sizes")
+    for n in patch:
+        whole(op, f"patch {tuple(patch)}: size", n, 1, MAX_PATCH)
     size = channels * patch[0] * patch[1] * patch[2]
     if x.dtype not in DTYPES:
         raise ValueError(f"{op}: {name} is {x.dtype}, expected one of {', '.join(map(str, DTYPES))}")
@@ -63,14 +67,11 @@ def _check(op: str, name: str, x: Tensor, dims: int, grids: Tensor, channels: in
         found = f"{grids.dtype} on {grids.device} of shape {tuple(grids.shape)}"
         raise ValueError(f"{op}: grids is {found}, expected int64 on cpu [S, 3]")
     if not torch.compiler.is_compiling():  # a graph can't look at values; the body does, when it runs
-        _check_sum(op, grids.tolist(), x.numel(), size)
+        _check_sum(op, grids, x.numel(), size)
 
 
-def _check_sum(op: str, grids: list[list[int]], numel: int, size: int) -> None:
-    wrong = [tuple(g) for g in grids if min(g) < 1]
-    if wrong:
-        raise ValueError(f"{op}: grid {wrong[0]}, expected counts of at least 1")
-    total = sum(t * h * w for t, h, w in grids)
+def _check_sum(op: str, grids: Tensor, numel: int, size: int) -> None:
+    total = sum_of_grids(op, grids)
     if total * size != numel:
         raise ValueError(f"{op}: grids have {total} tokens of {size} elements = {total * size}, the input has {numel}")
 
@@ -78,7 +79,7 @@ def _check_sum(op: str, grids: list[list[int]], numel: int, size: int) -> None:
 def _reference(x: Tensor, grids: Tensor, c: int, pt: int, ph: int, pw: int, channels_last: bool, cut: bool) -> Tensor:
     """Both directions: a sample is [c, T, pt, H, ph, W, pw] as a latent, and a permutation of that as tokens."""
     size = c * pt * ph * pw
-    _check_sum("patchify" if cut else "unpatchify", grids.tolist(), x.numel(), size)
+    _check_sum("patchify" if cut else "unpatchify", grids, x.numel(), size)
     # latent dims: 0 c, 1 T, 2 pt, 3 H, 4 ph, 5 W, 6 pw
     order = (1, 3, 5, 2, 4, 6, 0) if channels_last else (1, 3, 5, 0, 2, 4, 6)
     inverse = [order.index(dim) for dim in range(7)]

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
-from typing import Any
+import operator
+from collections.abc import Iterable, Sequence
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
 
 from sorahpc.ops._library import define
-from sorahpc.ops.pack import DTYPES, check_grids, positions3d
+from sorahpc.ops.pack import DTYPES, MAX_TOKENS, check_grids, check_tensors, positions3d, three_numbers, whole
 
 MAX_HEAD_DIM = 256
 
@@ -83,6 +84,9 @@ def qk_norm_rope3d(
         eps: added to the mean square.
     """
     how = _check("qk_norm_rope3d", q, k, grids, axes_dim, theta, offset, scale, first, interleaved)
+    check_tensors("qk_norm_rope3d", q_weight=q_weight, k_weight=k_weight)
+    if not 0 <= eps < math.inf:
+        raise ValueError(f"qk_norm_rope3d: eps {eps}, expected at least 0, finite")
     for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
         if weight.shape != q.shape[-1:] or weight.dtype not in DTYPES or weight.device != q.device:
             raise ValueError(
@@ -106,6 +110,7 @@ def _check(
     interleaved: bool,
 ) -> tuple[Any, ...]:
     """The arguments from `grids` on as the ops take them."""
+    check_tensors(op, q=q, k=k)
     if q.dtype not in DTYPES or q.dtype != k.dtype or q.device != k.device:
         raise ValueError(
             f"{op}: q is {q.dtype} on {q.device}, k is {k.dtype} on {k.device}; expected the same, one of "
@@ -118,19 +123,20 @@ def _check(
     length, dim = q.shape[0], q.shape[2]
     if dim > MAX_HEAD_DIM:
         raise ValueError(f"{op}: head dim {dim}, expected at most {MAX_HEAD_DIM}")
-    axes = [int(a) for a in axes_dim]
-    if len(axes) != 3 or sum(axes) != dim or any(a % 2 or a < 0 for a in axes):
-        raise ValueError(f"{op}: axes_dim {tuple(axes_dim)}, expected three even numbers summing to the head dim {dim}")
-    thetas = [float(theta)] * 3 if isinstance(theta, (int, float)) else [float(x) for x in theta]
-    numbers = {"theta": thetas, "offset": [float(x) for x in offset], "scale": [float(x) for x in scale]}
-    for name, values in numbers.items():
-        if len(values) != 3 or not all(abs(x) < math.inf for x in values) or (name == "theta" and min(values) <= 0):
-            kind = "positive" if name == "theta" else "finite"
-            raise ValueError(f"{op}: {name} {tuple(values)}, expected three {kind} numbers")
-    if first is not None and first < 0:
-        raise ValueError(f"{op}: first {first}, expected at least 0")
+    axes = list(axes_dim) if isinstance(axes_dim, Iterable) else [axes_dim]
+    whole_axes = [a for a in axes if isinstance(a, SupportsIndex) and operator.index(a) >= 0]
+    if len(axes) != 3 or len(whole_axes) != 3 or sum(whole_axes) != dim or any(a % 2 for a in whole_axes):
+        raise ValueError(f"{op}: axes_dim {tuple(axes)}, expected three even numbers summing to the head dim {dim}")
+    one = not isinstance(theta, Iterable) or getattr(theta, "ndim", 1) == 0
+    numbers = (
+        three_numbers(op, "theta", [theta] * 3 if one else theta, positive=True),
+        three_numbers(op, "offset", offset),
+        three_numbers(op, "scale", scale),
+    )
+    if first is not None:
+        first = whole(op, "first", first, 0, MAX_TOKENS)
     check_grids(op, grids, length, first)
-    return grids, axes, *numbers.values(), first or 0, interleaved
+    return grids, [int(a) for a in axes], *numbers, first or 0, interleaved
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -151,18 +157,21 @@ def _tables(
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:
     """cos and sin [L, 1, D/2]."""
-    positions = positions3d(torch.tensor(grids, dtype=torch.int64).view(-1, 3))
-    if len(positions) < first + length:  # as in the compiled body: what is called without our checks is told
-        raise ValueError(f"grids: {len(positions)} tokens, expected at least {first + length}")
-    at = positions[first : first + length].double() * torch.tensor(scale).double() + torch.tensor(offset).double()
-    angles = torch.cat(
-        [
-            at[:, axis, None] * theta[axis] ** -(torch.arange(0, dim, 2, dtype=torch.float64) / max(dim, 1))
-            for axis, dim in enumerate(axes_dim)
-        ],
-        dim=1,
-    )
-    return angles.cos().to(device, dtype)[:, None], angles.sin().to(device, dtype)[:, None]
+    # Not inference tensors, whoever asks first: a training step may get them next.
+    with torch.inference_mode(False), torch.device("cpu"):
+        positions = positions3d(torch.tensor(grids, dtype=torch.int64).view(-1, 3))
+        if len(positions) < first + length:  # as in the compiled body: what is called without our checks is told
+            raise ValueError(f"grids: {len(positions)} tokens, expected at least {first + length}")
+        scales, offsets = (torch.tensor(x, dtype=torch.float64) for x in (scale, offset))
+        at = positions[first : first + length].double() * scales + offsets
+        angles = torch.cat(
+            [
+                at[:, axis, None] * theta[axis] ** -(torch.arange(0, dim, 2, dtype=torch.float64) / max(dim, 1))
+                for axis, dim in enumerate(axes_dim)
+            ],
+            dim=1,
+        )
+        return angles.cos().to(device, dtype)[:, None], angles.sin().to(device, dtype)[:, None]
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
@@ -257,7 +266,7 @@ def _norm_backward_fake(
     )
 
 
-_HOW = "Tensor grids, int[] axes_dim, float[] theta, float[] offset, float[] scale, int first, bool interleaved"
+_HOW = "Tensor grids, int[] axes_dim, float[] theta, float[] offset, float[] scale, SymInt first, bool interleaved"
 _WEIGHTS = "Tensor q_weight, Tensor k_weight"
 
 _rope3d = define(

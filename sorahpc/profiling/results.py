@@ -109,11 +109,13 @@ def merged_rows(now: Sequence[Row], earlier: Sequence[Row]) -> list[Row]:
 def merged(now: Node, earlier: Node) -> Node:
     """`now`, and what `earlier` measured on this device that `now` did not."""
     keys = {row.key for row in now.rows}
-    limits = {(c.name, c.dtype, c.threads): c for c in (*earlier.ceilings, *now.ceilings)}
+    # Of each ceiling the highest that was ever reached: a slow moment doesn't lower what the device can do.
+    by_value = sorted((*earlier.ceilings, *now.ceilings), key=lambda c: c.value)
+    limits = {(c.name, c.dtype, c.threads): c for c in by_value}
     left_out = [*(out for out in earlier.left_out if out.key not in keys), *now.left_out]
     return replace(
         now,
-        ceilings=tuple(limits.values()),
+        ceilings=tuple(sorted(limits.values(), key=lambda c: (c.threads, c.name, c.dtype))),
         rows=tuple(merged_rows(now.rows, earlier.rows)),
         left_out=tuple(left_out),
     )
