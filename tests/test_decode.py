@@ -17,6 +17,7 @@ from videos import NOTHING, claim_matrix, cut, numbered, numbers, recording, wri
 
 from sorahpc.config import ClipConfig
 from sorahpc.data import decode as decode_module
+from sorahpc.data import frames as frames_module
 from sorahpc.data.decode import ClipPlan, VideoError, decode, plan_clip, probe
 from sorahpc.data.manifest import Video
 from sorahpc.data.mp4 import _yuv420p, write_mp4
@@ -194,14 +195,23 @@ def test_a_name_is_a_file_and_nothing_else(tmp_path: Path, monkeypatch: pytest.M
 
 def test_hostile_sizes_are_refused_before_anything_is_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_video(tmp_path / "a.mp4", numbered(3))
-    monkeypatch.setattr(decode_module, "MAX_PIXELS", 64 * 64 - 1)
+    clip = np.empty((1, 64, 64, 3), np.uint8)
+    monkeypatch.setattr(frames_module, "MAX_PIXELS", 64 * 64 - 1)
+    for use in (frames_module.probe, lambda f: frames_module.decode(f, at(64, 64, 0), clip)):
+        with path.open("rb") as file, pytest.raises(frames_module.Unusable, match="too large: 64x64 px, at most 4095"):
+            use(file)
+    monkeypatch.setattr(frames_module, "MAX_PIXELS", 64 * 64)
+    monkeypatch.setattr(frames_module, "MAX_FRAMES", 2)
+    with path.open("rb") as file, pytest.raises(frames_module.Unusable, match="too long: more than 2 frames"):
+        frames_module.probe(file)
+
+
+@pytest.mark.parametrize(("name", "codec"), [("a.mov", "png"), ("a.mov", "qtrle"), ("a.avi", "cinepak")])
+def test_decoders_that_nobody_uses_look_at_no_file(tmp_path: Path, name: str, codec: str) -> None:
+    path = write_video(tmp_path / name, numbered(3), 25, codec=codec, pix_fmt="rgb24")
     for use in (probe, lambda p: decode(p, at(64, 64, 0))):
-        with pytest.raises(VideoError, match="too large: 64x64 px, at most 4095 px a frame"):
+        with pytest.raises(VideoError, match=f"no decoder: {codec} is not among those trusted with files of others"):
             use(path)
-    monkeypatch.setattr(decode_module, "MAX_PIXELS", 64 * 64)
-    monkeypatch.setattr(decode_module, "MAX_FRAMES", 2)
-    with pytest.raises(VideoError, match="too long: more than 2 frames"):
-        probe(path)
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.webm", "a.avi"])
