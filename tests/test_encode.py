@@ -7,6 +7,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -189,6 +190,51 @@ def test_a_stop_between_clips_loses_one_shard_and_goes_on_from_there(world: Path
     assert len(list(config.cache_dir.glob("shard-*.h5"))) == 1
     encode.run(config, task(config))
     assert content(config) == whole
+
+
+def test_clips_are_decoded_and_shards_written_while_the_vae_is_at_work(
+    world: Path, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = prepared(world, "overlap")
+    decoding = [threading.Event() for _ in range(CLIPS + 2)]
+    encoding = [threading.Event() for _ in range(CLIPS + 3)]
+    order: list[str] = []
+    decode, encode_one, commit = encode.decode_by, encode._encode, encode.ShardWriter.commit
+
+    def decodes(by: str, path: str, *rest: object) -> object:
+        order.append(path)
+        decoding[len(order) - 1].set()
+        return decode(by, path, *rest)  # type: ignore[arg-type]
+
+    def encodes(video: object, *rest: object) -> None:
+        done = sum(e.is_set() for e in encoding)
+        encoding[done].set()
+        if done < CLIPS - 2:
+            assert decoding[done + 1].wait(30), "the next clip is not decoded meanwhile"
+        encode_one(video, *rest)  # type: ignore[arg-type]
+
+    def commits(writer: object) -> object:
+        done = sum(e.is_set() for e in encoding)
+        if done < CLIPS:
+            assert encoding[done].wait(30), "the next shard is not made meanwhile"
+        return commit(writer)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(encode, "decode_by", decodes)
+    monkeypatch.setattr(encode, "_encode", encodes)
+    monkeypatch.setattr(encode.ShardWriter, "commit", commits)
+    encode.run(config, task(config))
+    assert content(config) == whole
+
+
+def test_a_shard_that_can_not_be_written_ends_the_job(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(writer: object) -> None:
+        raise DataError("no space left")
+
+    config = prepared(world, "full")
+    monkeypatch.setattr(encode.ShardWriter, "commit", full)
+    with pytest.raises(DataError, match="no space left"):
+        encode.run(config, task(config))
+    assert not list(config.cache_dir.glob("shard-*"))
 
 
 @pytest.mark.parametrize(

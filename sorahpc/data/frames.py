@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import itertools
 import math
+import os
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,7 +37,9 @@ DECODERS = tuple(
     "msmpeg4v1 msmpeg4v2 msmpeg4 wmv1 wmv2 wmv3 vc1 theora mjpeg prores dnxhd dvvideo ffv1 huffyuv ffvhuff utvideo "
     "rawvideo".split()
 )
-_AVCOL_SPC_UNSPECIFIED = 2
+_AVCOL_SPC_UNSPECIFIED, _AVCOL_SPC_SMPTE170M = 2, 6  # as in a frame; 170M is BT.601's
+_MAX_CLIPPED = 1e-3  # such a pixel is up to 30 levels off
+_DALI_BYTES = 256 << 20  # of frames that are held at a time
 # Chroma interpolated instead of repeated: half the error at hard edges, for a tenth of the time.
 _INTERPOLATION = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
 
@@ -248,7 +251,7 @@ def decode(file: IO[bytes], plan: ClipPlan, clip: np.ndarray) -> None:
             """Fill the times before `until_s` that are still open with this frame."""
             last = int(np.searchsorted(times_s, until_s - TIME_TOLERANCE_S))
             if last > done:
-                clip[done:last] = _pixels(frame, stream, plan, reformatter)
+                clip[done:last] = _pixels(frame, frame.rotation, stream, plan, reformatter)
             return max(done, last)
 
         for frame, begins_s, length_s in _presented(container, stream):
@@ -284,17 +287,107 @@ def _presented(container: Any, stream: Any) -> Iterator[tuple[Any, float, float]
         yield frame, time_s - start_s, float(frame.duration * frame.time_base) if frame.duration else step_s
 
 
-def _pixels(frame: Any, stream: Any, plan: ClipPlan, reformatter: VideoReformatter) -> np.ndarray:
+def decode_dali(file: IO[bytes], plan: ClipPlan, clip: np.ndarray, gpu: int) -> None:
+    """As `decode`, with the frames from DALI: from PyAV come their times, from the packets, and the first of them, for
+    what DALI does not tell. Turning, scaling and cropping are the same code, on RGB in place of YUV.
+
+    Raises:
+        Unusable: DALI can't read it, or would not read it right: a job for `decode`. MemoryError.
+    """
+    from sorahpc.data import dali
+
+    with _opened(file) as (container, stream):
+        num_bytes = os.fstat(file.fileno()).st_size
+        if refusal := dali.refuses(stream.codec_context.codec.canonical_name, stream.codec_context.pix_fmt, num_bytes):
+            raise Unusable(refusal)
+        first, times_s, ends_s = _timed(container, stream, plan.times_s[-1])
+        if plan.times_s[-1] >= ends_s + TIME_TOLERANCE_S:
+            raise Unusable("truncated")
+        numbers = np.searchsorted(times_s - TIME_TOLERANCE_S, plan.times_s, side="right") - 1
+        told = first.colorspace if first.colorspace != _AVCOL_SPC_UNSPECIFIED else _usual_colorspace(first)
+        by_601 = told in (Colorspace.ITU601, Colorspace.ITU624, _AVCOL_SPC_SMPTE170M)
+        reformatter = VideoReformatter()
+        needed = sorted(set(numbers.tolist()))
+        at_once = max(1, _DALI_BYTES // (first.width * first.height * 3))
+        file.seek(0)
+        data = np.frombuffer(file.read(), np.uint8)
+        for i in range(0, len(needed), at_once):
+            group = needed[i : i + at_once]
+            try:
+                pictures = dali.read(data, group, gpu)
+            except RuntimeError as error:
+                raise Unusable(f"DALI: {' '.join(str(error).split())[:200]}") from None
+            if pictures.shape != (len(group), first.height, first.width, 3):
+                raise Unusable(f"DALI: frames of another size: {pictures.shape}")
+            if not by_601 and _clipped(pictures) > _MAX_CLIPPED:
+                raise Unusable("DALI: colours beyond BT.601's RGB, which it takes for a stream of another matrix")
+            for number, pixels in zip(group, pictures, strict=True):
+                frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+                if not by_601:  # back by the matrix that DALI took, and again by the stream's own
+                    frame = reformatter.reformat(
+                        frame,
+                        format="yuv444p",
+                        dst_colorspace=Colorspace.ITU601,
+                        dst_color_range=ColorRange.JPEG,
+                        threads=1,
+                    )
+                    frame.colorspace, frame.color_range = told, ColorRange.JPEG
+                clip[numbers == number] = _pixels(frame, first.rotation, stream, plan, reformatter)
+
+
+def _clipped(pictures: np.ndarray) -> float:
+    """The largest share in a picture of pixels with a colour that the way to RGB may have cut off."""
+    high, low = pictures.max(-1), pictures.min(-1)
+    cut = ((high == 255) | (low == 0)) & (high - low > 32)  # a grey is a grey by any matrix
+    return float(cut.mean((1, 2)).max())
+
+
+def _timed(container: Any, stream: Any, last_s: float) -> tuple[Any, np.ndarray, float]:
+    """The first frame; when each frame up to a time, or a few more, comes on screen, in seconds from the first one,
+    float64 [N]; and when the last of these ends. Raises Unusable where packets don't say."""
+    first = None
+    pts: list[int] = []
+    end = 0
+    rate = stream.average_rate or stream.guessed_rate
+    step = 1 / (rate * stream.time_base) if rate else 0
+    try:
+        for packet in container.demux(stream):
+            if first is None:
+                first = next(iter(packet.decode()), None)
+            if not packet.size:
+                continue
+            if packet.pts is None or packet.dts is None or packet.is_discard or packet.is_corrupt:
+                raise Unusable("its packets don't say which frames are shown, and when")
+            pts.append(packet.pts)
+            end = max(end, packet.pts + (packet.duration or step))
+            # No later packet is presented before its decoding time.
+            if first is not None and float((packet.dts - min(pts)) * stream.time_base) > last_s + 1:
+                break
+    except av.FFmpegError as error:
+        raise Unusable(f"corrupt: {_ffmpeg_words(error)}") from None
+    if first is None or not pts:
+        raise Unusable("no frames: nothing could be decoded")
+    times = np.sort(np.asarray(pts, np.int64))
+    base = float(stream.time_base)
+    return first, (times - times[0]) * base, float(end - int(times[0])) * base
+
+
+def _usual_colorspace(frame: Any) -> int:
+    """What players take where the stream flags none."""
+    hd = max(frame.width, frame.height) >= 1280 or min(frame.width, frame.height) >= 720
+    return int(Colorspace.ITU709 if hd else Colorspace.ITU601)
+
+
+def _pixels(frame: Any, rotation: int, stream: Any, plan: ClipPlan, reformatter: VideoReformatter) -> np.ndarray:
     """uint8 [H, W, 3] of the plan's size: scaled to cover, cropped in the middle, upright."""
-    quarters = round(frame.rotation / 90) % 4  # counter-clockwise
+    quarters = round(rotation / 90) % 4  # counter-clockwise
     height, width = (plan.width, plan.height) if quarters % 2 else (plan.height, plan.width)
     shown_w, shown_h = _display_size(frame, stream)
     scale = max(width / shown_w, height / shown_h)
     scaled_w, scaled_h = max(width, round(shown_w * scale)), max(height, round(shown_h * scale))
     colorspace = None  # the frame's own
     if not frame.format.is_rgb and frame.colorspace == _AVCOL_SPC_UNSPECIFIED:
-        hd = max(frame.width, frame.height) >= 1280 or min(frame.width, frame.height) >= 720
-        colorspace = Colorspace.ITU709 if hd else Colorspace.ITU601
+        colorspace = Colorspace(_usual_colorspace(frame))
     rgb = reformatter.reformat(
         frame,
         width=scaled_w,
@@ -317,8 +410,8 @@ def serve(request: dict[str, Any], file: IO[bytes], memory: Any) -> dict[str, An
     """What `sorahpc.data.isolate` hands through to a child: `what` is "probe" or "decode".
 
     Returns:
-        for JSON: {"found": fields of Probe}, {"done": True} with the pixels at the start of `memory`,
-        or {"unusable": reason}; {"unusable": reason, "trace": text} for an exception that nobody foresaw.
+        for JSON: {"found": fields of Probe}; {"done": True, "by": who decoded, "refusal": why it was not DALI} with the
+        pixels at the start of `memory`; or {"unusable": reason}, with "trace" for an exception that nobody foresaw.
 
     Raises:
         MemoryError.
@@ -328,8 +421,16 @@ def serve(request: dict[str, Any], file: IO[bytes], memory: Any) -> dict[str, An
             return {"found": asdict(probe(file))}
         plan = ClipPlan(tuple(request["times_s"]), request["height"], request["width"])
         shape = (len(plan.times_s), plan.height, plan.width, 3)
-        decode(file, plan, np.frombuffer(memory, np.uint8, math.prod(shape)).reshape(shape))
-        return {"done": True}
+        clip = np.frombuffer(memory, np.uint8, math.prod(shape)).reshape(shape)
+        refusal = ""
+        if request["by"] == "dali":
+            try:
+                decode_dali(file, plan, clip, request["gpu"])
+                return {"done": True, "by": "dali"}
+            except Unusable as error:
+                refusal = str(error)
+        decode(file, plan, clip)
+        return {"done": True, "by": "pyav", "refusal": refusal}
     except Unusable as error:
         return {"unusable": str(error)}
     except MemoryError:
