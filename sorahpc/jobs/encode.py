@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 
 PREPROCESS = 1  # version of plan_clip and decode: raise it when they give other pixels for the same settings
 MAX_REASONS_SHOWN = 5
+Clip = tuple[np.ndarray, str]  # uint8 [T,H,W,3], and who decoded it
 AHEAD = 2  # clips that are decoded, or being so, while the VAE is at work on another
 
 
@@ -79,12 +80,10 @@ def run(config: Config, task: Task) -> None:
     start = time.monotonic()
     readers: Counter[str] = Counter()
 
-    def decoded(video: Video) -> np.ndarray:
+    def decoded(video: Video) -> Clip:
         ph, pw = patch_hw
         plan = plan_clip(video, config.clip, stride=vae.stride, patch_hw=(ph, pw), floor_frames=vae.floor_frames)
-        pixels, reader = decode_by(decoder, video.path, plan, gpu)
-        readers[reader] += 1
-        return pixels
+        return decode_by(decoder, video.path, plan, gpu)
 
     rows = [every[row] for shard in missing for row in shard.rows]
     with _ahead(rows, decoded) as clips, ThreadPoolExecutor(1, "write") as writing:
@@ -103,6 +102,7 @@ def run(config: Config, task: Task) -> None:
             for commit in written:
                 commit.result()
             written = [writing.submit(writer.commit)]
+            readers.update(sample["decoder"] for sample in writer.samples)
             done += len(shard.rows)
         for commit in written:
             commit.result()
@@ -125,11 +125,11 @@ def _decoder(wish: str) -> str:
 
 
 @contextmanager
-def _ahead(videos: list[Video], decoded: Callable[[Video], np.ndarray]) -> Iterator[Iterator[Future[np.ndarray]]]:
+def _ahead(videos: list[Video], decoded: Callable[[Video], Clip]) -> Iterator[Iterator[Future[Clip]]]:
     """The clips of videos, in their order, decoded by threads that are up to AHEAD clips ahead."""
 
-    def results() -> Iterator[Future[np.ndarray]]:
-        waiting: deque[Future[np.ndarray]] = deque()
+    def results() -> Iterator[Future[Clip]]:
+        waiting: deque[Future[Clip]] = deque()
         for video in videos:
             waiting.append(pool.submit(decoded, video))
             if len(waiting) > AHEAD:
@@ -169,13 +169,12 @@ def cache_info(
     }
 
 
-def _encode(
-    video: Video, clip: Future[np.ndarray], fps: float, vae: Vae, text: TextEncoder, writer: ShardWriter
-) -> None:
+def _encode(video: Video, clip: Future[Clip], fps: float, vae: Vae, text: TextEncoder, writer: ShardWriter) -> None:
     try:
-        latent = vae.encode(clip.result())
+        pixels, decoder = clip.result()
+        latent = vae.encode(pixels)
         caption = clean_caption(video.caption)
-        writer.add(video.key, latent, text.encode([caption])[0], caption, fps, video.path)
+        writer.add(video.key, latent, text.encode([caption])[0], caption, fps, video.path, decoder)
     except DataError as error:
         reason = error.reason if isinstance(error, VideoError) else str(error)
         log.warning("rejected %s: %s", shown(video.path), reason)
