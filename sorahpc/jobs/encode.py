@@ -24,7 +24,16 @@ import torch
 
 from sorahpc.config import ClipConfig, Config, config_hash
 from sorahpc.data import dali
-from sorahpc.data.cache import PlannedShard, Summary, build_index, pin_info, plan_shards
+from sorahpc.data.cache import (
+    INFO,
+    PlannedShard,
+    Summary,
+    build_index,
+    check_info,
+    pin_info,
+    plan_shards,
+    read_info,
+)
 from sorahpc.data.decode import VideoError, decode_by, plan_clip
 from sorahpc.data.manifest import MANIFEST, Video, read_manifest, shown
 from sorahpc.data.shards import EMPTY_TEXT, ShardWriter, clean_caption, remove_stale_parts, write_empty_text
@@ -63,6 +72,8 @@ def run(config: Config, task: Task) -> None:
     folder = config.cache_dir
     try:
         pin_info(folder, cache_info(config, vae, text, patch_hw, decoder))
+        # Of PyAV, cache.json says nothing; so one that DALI made passes above.
+        check_info(folder / INFO, {"decoder": "pyav", **read_info(folder)}, {"decoder": decoder})
     except OSError as error:
         raise DataError(f"{shown(folder)}: can't write the cache: {error.strerror or error}") from None
     for name in remove_stale_parts(folder):
