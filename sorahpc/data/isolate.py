@@ -2,8 +2,9 @@
 
 A decoder that a file makes crash, hang or eat memory can't be held by an exception. So files are read in children that
 live long and serve many: starting one costs 0.3 s, asking it 0.1 ms. A child gets an open file, never a name, and
-gives back numbers or a reason as JSON, never a pickle, and frames through shared memory. It can write no file, has a
-bound on its memory, and inherits neither the environment nor the stop signals of its parent; it dies with its parent.
+gives back numbers or a reason as JSON, never a pickle, and frames through shared memory. It can write no file over
+64 kB, has a bound on its memory, and inherits neither the environment nor the stop signals of its parent; it dies with
+its parent. That bounds accidents. It is no sandbox for code that has taken a child over.
 
 The verdict about a file does not depend on the files before it: whatever a used child can't do is asked of a fresh one.
 """
