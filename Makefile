@@ -8,6 +8,7 @@
 # make bench    every benchmarks/bench_*.py
 # make build    only the environment and the kernels; every target above does this first, and again only what changed
 # make nvcc     NVIDIA's compiler in build/nvcc, for the test that compiles the CUDA kernels (104 MB of wheels)
+# make dali     NVIDIA DALI, the optional second decoder, for its tests (280 MB of wheels)
 # make clean    removes what these made, runs/ excepted
 #
 # PYTHON=python3.12 chooses the interpreter of a new environment, VENV=path its place. setup.py reads SORAHPC_CUDA
@@ -26,10 +27,12 @@ LIBRARY := sorahpc/_ops.abi3.so
 # All that nvcc 13.0 asks for; in a folder of its own, since a torch with CUDA has other versions in the environment.
 NVCC := nvidia-cuda-nvcc==13.0.88 nvidia-nvvm==13.0.88 nvidia-cuda-crt==13.0.88 nvidia-cuda-runtime==13.0.96 \
   nvidia-cuda-cccl==13.0.85
+# As the extra `dali` of pyproject.toml, without the package around it.
+DALI := nvidia-dali-cuda130
 # One thread a process: tests start several, and idle OpenMP threads cost more than they bring on a small machine.
 PYTEST := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest
 
-.PHONY: build demo test slow sanitize emulate gpu-sanitize nvcc lint format bench clean FORCE
+.PHONY: build demo test slow sanitize emulate gpu-sanitize nvcc dali lint format bench clean FORCE
 
 build: $(VENV)/.built
 
@@ -70,6 +73,9 @@ gpu-sanitize: build
 	  --error-exitcode 1 $(BIN)/python -m pytest -q -m "gpu and not slow" tests/test_ops_*.py $(ARGS); done
 
 nvcc: build/nvcc/.built
+
+dali: build
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt '$(DALI)'
 
 lint: build
 	@$(BIN)/ruff check .

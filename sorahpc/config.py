@@ -157,6 +157,10 @@ class EncodeConfig(Section):
 
     cache: ConfigPath | None = Field(None, description="cache folder; None: <run>/cache")
     dtype: Literal["float16", "bfloat16"] = Field("float16", description="storage dtype of latents and text")
+    decoder: Literal["auto", "pyav", "dali"] = Field(
+        "pyav",
+        description="dali: what DALI can't read is left to PyAV; auto: dali where it is installed and CUDA is there",
+    )
     clips_per_shard: int = Field(
         64, ge=1, description="rows of the manifest a shard; a killed task loses at most one shard's work"
     )

@@ -11,12 +11,14 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from av.filter import Graph
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from videos import NOTHING, claim_matrix, cut, numbered, numbers, recording, write_video
 
 from sorahpc.config import ClipConfig
 from sorahpc.data import decode as decode_module
+from sorahpc.data import frames as frames_module
 from sorahpc.data.decode import ClipPlan, VideoError, decode, plan_clip, probe
 from sorahpc.data.manifest import Video
 from sorahpc.data.mp4 import _yuv420p, write_mp4
@@ -194,14 +196,23 @@ def test_a_name_is_a_file_and_nothing_else(tmp_path: Path, monkeypatch: pytest.M
 
 def test_hostile_sizes_are_refused_before_anything_is_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_video(tmp_path / "a.mp4", numbered(3))
-    monkeypatch.setattr(decode_module, "MAX_PIXELS", 64 * 64 - 1)
+    clip = np.empty((1, 64, 64, 3), np.uint8)
+    monkeypatch.setattr(frames_module, "MAX_PIXELS", 64 * 64 - 1)
+    for use in (frames_module.probe, lambda f: frames_module.decode(f, at(64, 64, 0), clip)):
+        with path.open("rb") as file, pytest.raises(frames_module.Unusable, match="too large: 64x64 px, at most 4095"):
+            use(file)
+    monkeypatch.setattr(frames_module, "MAX_PIXELS", 64 * 64)
+    monkeypatch.setattr(frames_module, "MAX_FRAMES", 2)
+    with path.open("rb") as file, pytest.raises(frames_module.Unusable, match="too long: more than 2 frames"):
+        frames_module.probe(file)
+
+
+@pytest.mark.parametrize(("name", "codec"), [("a.mov", "png"), ("a.mov", "qtrle"), ("a.avi", "cinepak")])
+def test_decoders_that_nobody_uses_look_at_no_file(tmp_path: Path, name: str, codec: str) -> None:
+    path = write_video(tmp_path / name, numbered(3), 25, codec=codec, pix_fmt="rgb24")
     for use in (probe, lambda p: decode(p, at(64, 64, 0))):
-        with pytest.raises(VideoError, match="too large: 64x64 px, at most 4095 px a frame"):
+        with pytest.raises(VideoError, match=f"no decoder: {codec} is not among those trusted with files of others"):
             use(path)
-    monkeypatch.setattr(decode_module, "MAX_PIXELS", 64 * 64)
-    monkeypatch.setattr(decode_module, "MAX_FRAMES", 2)
-    with pytest.raises(VideoError, match="too long: more than 2 frames"):
-        probe(path)
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.webm", "a.avi"])
@@ -413,6 +424,76 @@ def test_colours_are_converted_as_the_stream_flags_them(tmp_path: Path, colorspa
         path = write_video(tmp_path / f"{name}.mp4", frames, colorspace=colorspace, options={"crf": "1"})
         error = np.abs(decode(path, at(64, 64, 0)).astype(int) - frames[0]).max()
         assert error <= 4, (name, error)
+
+
+# (Kr, Kb) of H.273's MatrixCoefficients, by their numbers there.
+MATRICES = {1: (0.2126, 0.0722), 4: (0.30, 0.11), 5: (0.299, 0.114), 6: (0.299, 0.114), 7: (0.212, 0.087),
+            9: (0.2627, 0.0593)}  # fmt: skip
+
+
+def lossless(path: Path, planes: list[np.ndarray], pix_fmt: str, matrix: int, full: bool) -> Path:
+    """One frame of these planes, uint8 [H, W] each, flagged so."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("ffv1", rate=8)
+        stream.height, stream.width = planes[0].shape
+        stream.pix_fmt = pix_fmt
+        stream.codec_context.colorspace, stream.codec_context.color_range = matrix, 2 if full else 1
+        frame = av.VideoFrame(stream.width, stream.height, pix_fmt)
+        for plane, values in zip(frame.planes, planes, strict=True):
+            padded = np.zeros((plane.height, plane.line_size), np.uint8)
+            padded[:, : values.shape[1]] = values
+            plane.update(padded.tobytes())
+        frame.colorspace, frame.color_range = matrix, 2 if full else 1
+        frame.pts, frame.time_base = 0, Fraction(1, 8)
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path
+
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("matrix", MATRICES)
+def test_every_matrix_and_range_is_converted_as_its_formula_says(tmp_path: Path, matrix: int, full: bool) -> None:
+    rng = np.random.default_rng(0)
+    y, u, v = (rng.integers(16, top, (64, 64), np.uint8) for top in (236, 241, 241))
+    got = decode(lossless(tmp_path / "a.mkv", [y, u, v], "yuv444p", matrix, full), at(64, 64, 0))[0]
+    kr, kb = MATRICES[matrix]
+    luma, blue, red = (y.astype(float), u - 128.0, v - 128.0)
+    if not full:
+        luma, blue, red = (luma - 16) * 255 / 219, blue * 255 / 224, red * 255 / 224
+    r, b = luma + 2 * (1 - kr) * red, luma + 2 * (1 - kb) * blue
+    g = (luma - kr * r - kb * b) / (1 - kr - kb)
+    assert np.abs(got - np.clip(np.stack([r, g, b], -1), 0, 255)).max() <= 0.6  # half is rounding
+
+
+@pytest.mark.parametrize("size", [(272, 640), (128, 304), (96, 96)])
+@pytest.mark.parametrize(("matrix", "name"), [(1, "bt709"), (5, "bt601")])
+@pytest.mark.parametrize(("full", "levels"), [(False, "tv"), (True, "pc")])
+def test_real_pictures_are_scaled_and_converted_as_by_ffmpegs_own_filter(
+    tmp_path: Path, size: tuple[int, int], matrix: int, name: str, full: bool, levels: str
+) -> None:
+    with av.open(str(recording("bikes"))) as container:
+        frame = next(container.decode(video=0)).reformat(dst_colorspace=matrix, dst_color_range=2 if full else 1)
+    planes = [np.frombuffer(p, np.uint8).reshape(p.height, p.line_size)[:, : p.width] for p in frame.planes]
+    path = lossless(tmp_path / "a.mkv", planes, "yuv420p", matrix, full)
+    (height, width), scale = size, max(size[0] / 272, size[1] / 640)
+    covering_h, covering_w = max(height, round(272 * scale)), max(width, round(640 * scale))
+    with av.open(str(path)) as container:
+        graph = Graph()
+        source = graph.add_buffer(template=container.streams.video[0])
+        scaler = graph.add(
+            "scale",
+            f"w={covering_w}:h={covering_h}:in_color_matrix={name}:in_range={levels}:out_range=pc:"
+            "flags=bicubic+accurate_rnd+full_chroma_int",
+        )
+        rgb, sink = graph.add("format", "rgb24"), graph.add("buffersink")
+        source.link_to(scaler)
+        scaler.link_to(rgb)
+        rgb.link_to(sink)
+        graph.configure()
+        graph.push(next(container.decode(video=0)))
+        expected = graph.pull().to_ndarray()
+    top, left = (covering_h - height) // 2, (covering_w - width) // 2
+    assert (decode(path, at(*size, 0))[0] == expected[top : top + height, left : left + width]).all()
 
 
 def test_unflagged_colours_are_read_as_players_do(tmp_path: Path) -> None:

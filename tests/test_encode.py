@@ -7,6 +7,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -189,6 +190,81 @@ def test_a_stop_between_clips_loses_one_shard_and_goes_on_from_there(world: Path
     assert len(list(config.cache_dir.glob("shard-*.h5"))) == 1
     encode.run(config, task(config))
     assert content(config) == whole
+
+
+def test_clips_are_decoded_and_shards_written_while_the_vae_is_at_work(
+    world: Path, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = prepared(world, "overlap")
+    decoding = [threading.Event() for _ in range(CLIPS + 2)]
+    encoding = [threading.Event() for _ in range(CLIPS + 3)]
+    order: list[str] = []
+    decode, encode_one, commit = encode.decode_by, encode._encode, encode.ShardWriter.commit
+
+    def decodes(by: str, path: str, *rest: object) -> object:
+        order.append(path)
+        decoding[len(order) - 1].set()
+        return decode(by, path, *rest)  # type: ignore[arg-type]
+
+    def encodes(video: object, *rest: object) -> None:
+        done = sum(e.is_set() for e in encoding)
+        encoding[done].set()
+        if done < CLIPS - 2:
+            assert decoding[done + 1].wait(30), "the next clip is not decoded meanwhile"
+        encode_one(video, *rest)  # type: ignore[arg-type]
+
+    def commits(writer: object) -> object:
+        done = sum(e.is_set() for e in encoding)
+        if done < CLIPS:
+            assert encoding[done].wait(30), "the next shard is not made meanwhile"
+        return commit(writer)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(encode, "decode_by", decodes)
+    monkeypatch.setattr(encode, "_encode", encodes)
+    monkeypatch.setattr(encode.ShardWriter, "commit", commits)
+    encode.run(config, task(config))
+    assert content(config) == whole
+
+
+def test_a_shard_says_who_read_each_video(
+    world: Path, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By DALI in name alone: what it gives is test_dali's affair."""
+    import h5py
+
+    config = prepared(world, "readers", encode={"clips_per_shard": 3, "decoder": "dali"})
+    decode = encode.decode_by
+
+    def decodes(by: str, path: str, *rest: object) -> tuple[np.ndarray, str]:
+        assert by == "dali"
+        return decode("pyav", path, *rest)[0], "pyav" if "000001" in path else "dali"  # type: ignore[arg-type]
+
+    monkeypatch.setattr(encode, "decode_by", decodes)
+    monkeypatch.setattr(encode.dali, "installed", lambda: True)
+    with caplog.at_level(logging.INFO):
+        encode.run(config, task(config))
+    told = {}
+    for path in config.cache_dir.glob("shard-*.h5"):
+        with h5py.File(path) as f:
+            told |= dict(zip(f["sources"].asstr(), f["decoders"].asstr(), strict=True))
+    assert len(told) == CLIPS - 1 and {Path(s).name for s, by in told.items() if by == "pyav"} == {"000001.mp4"}
+    assert any("12 clips decoded by dali, 1 clips decoded by pyav" in m for m in caplog.messages)
+    assert LatentCache(config.cache_dir).info["decoder"] == "dali"
+    with pytest.raises(DataError, match=r"field `decoder`"):
+        encode.run(prepared(world, "readers"), task(config))
+    with h5py.File(min(prepared(world, "whole").cache_dir.glob("shard-*.h5"))) as f:
+        assert "decoders" not in f
+
+
+def test_a_shard_that_can_not_be_written_ends_the_job(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(writer: object) -> None:
+        raise DataError("no space left")
+
+    config = prepared(world, "full")
+    monkeypatch.setattr(encode.ShardWriter, "commit", full)
+    with pytest.raises(DataError, match="no space left"):
+        encode.run(config, task(config))
+    assert not list(config.cache_dir.glob("shard-*"))
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 ONE_PLACE = {
     "megatron": "sorahpc/distributed/megatron.py",
     "submitit": "sorahpc/cluster/submit.py",
-    "nvidia.dali": "sorahpc/data/decode.py",
+    "nvidia.dali": "sorahpc/data/dali.py",
     "h5py": "sorahpc/data/shards.py",
     "diffusers": "sorahpc/models/vae.py",
     "transformers": "sorahpc/models/text.py",

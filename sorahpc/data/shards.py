@@ -103,13 +103,23 @@ class ShardWriter:
     samples: list[dict[str, Any]] = field(default_factory=list)
     rejected: list[dict[str, str]] = field(default_factory=list)
 
-    def add(self, key: str, latent: torch.Tensor, text: torch.Tensor, caption: str, fps: float, source: str) -> None:
+    def add(
+        self,
+        key: str,
+        latent: torch.Tensor,
+        text: torch.Tensor,
+        caption: str,
+        fps: float,
+        source: str,
+        decoder: str = "pyav",
+    ) -> None:
         """Take a sample.
 
         Args:
             key: 16 hex digits.
             latent: float32 [C,T,H,W], raw.
             text: float32 [L,dim], L >= 1.
+            decoder: who read the video.
 
         Raises:
             DataError: naming the clip: values that are not finite, or beyond the storage dtype.
@@ -126,6 +136,7 @@ class ShardWriter:
                 "key": key, "z": z, "e": e, "caption": clean_caption(caption), "fps": float(fps),
                 "source": shown(source), "z_crc": zlib.crc32(z.tobytes()), "e_crc": zlib.crc32(e.tobytes()),
                 "sum": stored.sum(1).numpy(), "sumsq": stored.square().sum(1).numpy(), "count": stored.shape[1],
+                "decoder": decoder,
             }
         )  # fmt: skip
 
@@ -201,7 +212,9 @@ class ShardWriter:
             }
             for name, values in column.items():
                 f.create_dataset(name, data=values)
-            for name in ("caption", "source"):
+            # Who read each video; without it all were read by PyAV, as before there was a choice.
+            told = ("decoder",) if any(s["decoder"] != "pyav" for s in self.samples) else ()
+            for name in ("caption", "source", *told):
                 f.create_dataset(
                     f"{name}s", data=[s[name] for s in self.samples], shape=(len(self.samples),), dtype=text
                 )

@@ -1,5 +1,7 @@
 """Encode: manifest -> decoded clips -> VAE latents and text embeddings -> the latent cache.
 
+While the VAE is at work on a clip, the next two are decoded and the shard before is written.
+
 An array of independent tasks. The rows of the manifest, in their order, are cut into shards; task k of n makes shards
 k, k+n, ..., of which those that exist are done. A clip that can't be encoded is kept in its shard's list with the
 reason, and costs nothing but itself; to try it again, delete the shard. Whoever finds all shards present builds the
@@ -10,17 +12,32 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from sorahpc.config import ClipConfig, Config, config_hash
-from sorahpc.data.cache import PlannedShard, Summary, build_index, pin_info, plan_shards
-from sorahpc.data.decode import VideoError, decode, plan_clip
+from sorahpc.data import dali
+from sorahpc.data.cache import (
+    INFO,
+    PlannedShard,
+    Summary,
+    build_index,
+    check_info,
+    pin_info,
+    plan_shards,
+    read_info,
+)
+from sorahpc.data.decode import VideoError, decode_by, plan_clip
 from sorahpc.data.manifest import MANIFEST, Video, read_manifest, shown
 from sorahpc.data.shards import EMPTY_TEXT, ShardWriter, clean_caption, remove_stale_parts, write_empty_text
-from sorahpc.errors import DataError, Stopped
+from sorahpc.errors import DataError, SetupError, Stopped
 from sorahpc.models.text import TextEncoder, load_text
 from sorahpc.models.vae import Vae, load_vae
 from sorahpc.runs import Task
@@ -29,6 +46,8 @@ log = logging.getLogger(__name__)
 
 PREPROCESS = 1  # version of plan_clip and decode: raise it when they give other pixels for the same settings
 MAX_REASONS_SHOWN = 5
+Clip = tuple[np.ndarray, str]  # uint8 [T,H,W,3], and who decoded it
+AHEAD = 2  # clips that are decoded, or being so, while the VAE is at work on another
 
 
 def run(config: Config, task: Task) -> None:
@@ -48,9 +67,13 @@ def run(config: Config, task: Task) -> None:
     vae = load_vae(config.vae.path, config.vae.dtype, device)
     text = load_text(config.text.path, config.text.max_tokens, config.text.dtype, device)
     patch_hw = config.model.patch[1:] if config.model else (1, 1)
+    decoder = _decoder(config.encode.decoder)
+    gpu = task.local_rank % max(1, torch.cuda.device_count())
     folder = config.cache_dir
     try:
-        pin_info(folder, cache_info(config, vae, text, patch_hw))
+        pin_info(folder, cache_info(config, vae, text, patch_hw, decoder))
+        # Of PyAV, cache.json says nothing; so one that DALI made passes above.
+        check_info(folder / INFO, {"decoder": "pyav", **read_info(folder)}, {"decoder": decoder})
     except OSError as error:
         raise DataError(f"{shown(folder)}: can't write the cache: {error.strerror or error}") from None
     for name in remove_stale_parts(folder):
@@ -66,25 +89,80 @@ def run(config: Config, task: Task) -> None:
     log.info("%d clips in %d shards of this task (%d in all); %d clips are there", total, len(mine), len(plan), done)
     task.report(done, total, "clip")
     start = time.monotonic()
-    for shard in missing:
-        writer = ShardWriter(folder, shard.name, config.encode.dtype, vae.channels, text.dim)
-        for row in shard.rows:
-            if task.stop_requested():
-                raise Stopped(f"encode: stopped with {done} of {total} clips written; the shard in work is made again")
-            _encode(every[row], config.clip, patch_hw, vae, text, writer)
-            task.report(done + len(writer.samples) + len(writer.rejected), total, "clip")
-        writer.commit()
-        done += len(shard.rows)
+    readers: Counter[str] = Counter()
+
+    def decoded(video: Video) -> Clip:
+        ph, pw = patch_hw
+        plan = plan_clip(video, config.clip, stride=vae.stride, patch_hw=(ph, pw), floor_frames=vae.floor_frames)
+        return decode_by(decoder, video.path, plan, gpu)
+
+    rows = [every[row] for shard in missing for row in shard.rows]
+    with _ahead(rows, decoded) as clips, ThreadPoolExecutor(1, "write") as writing:
+        written: list[Future[Path]] = []  # the shard before, while the VAE is at work on this one
+        for shard in missing:
+            writer = ShardWriter(folder, shard.name, config.encode.dtype, vae.channels, text.dim)
+            for row in shard.rows:
+                if task.stop_requested():
+                    for commit in written:
+                        commit.result()
+                    raise Stopped(
+                        f"encode: stopped with {done} of {total} clips written; the shard in work is made again"
+                    )
+                _encode(every[row], next(clips), config.clip.fps, vae, text, writer)
+                task.report(done + len(writer.samples) + len(writer.rejected), total, "clip")
+            for commit in written:
+                commit.result()
+            written = [writing.submit(writer.commit)]
+            readers.update(sample["decoder"] for sample in writer.samples)
+            done += len(shard.rows)
+        for commit in written:
+            commit.result()
     if missing:
-        log.info("encoded %d shards in %.1f s", len(missing), time.monotonic() - start)
+        by = ", ".join(f"{count} clips decoded by {reader}" for reader, count in sorted(readers.items()))
+        log.info("encoded %d shards in %.1f s%s", len(missing), time.monotonic() - start, by and f": {by}")
     _finish(folder, plan)
 
 
-def cache_info(config: Config, vae: Vae, text: TextEncoder, patch_hw: tuple[int, ...]) -> dict[str, Any]:
+def _decoder(wish: str) -> str:
+    """``"pyav"`` or ``"dali"``. Raises SetupError."""
+    if wish == "auto":
+        return "dali" if torch.cuda.is_available() and dali.installed() else "pyav"
+    if wish == "dali" and not dali.installed():
+        raise SetupError(
+            "encode.decoder: dali is not installed; pip install 'sorahpc[dali]' (nvidia-dali-cuda120 for CUDA 12), "
+            "or use encode.decoder=pyav"
+        )
+    return wish
+
+
+@contextmanager
+def _ahead(videos: list[Video], decoded: Callable[[Video], Clip]) -> Iterator[Iterator[Future[Clip]]]:
+    """The clips of videos, in their order, decoded by threads that are up to AHEAD clips ahead."""
+
+    def results() -> Iterator[Future[Clip]]:
+        waiting: deque[Future[Clip]] = deque()
+        for video in videos:
+            waiting.append(pool.submit(decoded, video))
+            if len(waiting) > AHEAD:
+                yield waiting.popleft()
+        yield from waiting
+
+    pool = ThreadPoolExecutor(AHEAD, "decode")
+    try:
+        yield results()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def cache_info(
+    config: Config, vae: Vae, text: TextEncoder, patch_hw: tuple[int, ...], decoder: str = "pyav"
+) -> dict[str, Any]:
     """What decides the cache's content, as pinned in cache.json."""
     assert config.vae is not None and config.text is not None
     clip: ClipConfig = config.clip
     return {
+        # Other pixels, by a level or so. Without a word for PyAV, as in caches from before there was a choice.
+        **({"decoder": decoder} if decoder != "pyav" else {}),
         "vae": {"id": vae.id, "weights_sha256": vae.weights_sha256},
         "vae_dtype": config.vae.dtype,
         "text": {"id": text.id, "weights_sha256": text.weights_sha256},
@@ -102,15 +180,12 @@ def cache_info(config: Config, vae: Vae, text: TextEncoder, patch_hw: tuple[int,
     }
 
 
-def _encode(
-    video: Video, clip: ClipConfig, patch_hw: tuple[int, ...], vae: Vae, text: TextEncoder, writer: ShardWriter
-) -> None:
+def _encode(video: Video, clip: Future[Clip], fps: float, vae: Vae, text: TextEncoder, writer: ShardWriter) -> None:
     try:
-        ph, pw = patch_hw
-        plan = plan_clip(video, clip, stride=vae.stride, patch_hw=(ph, pw), floor_frames=vae.floor_frames)
-        latent = vae.encode(decode(video.path, plan))
+        pixels, decoder = clip.result()
+        latent = vae.encode(pixels)
         caption = clean_caption(video.caption)
-        writer.add(video.key, latent, text.encode([caption])[0], caption, clip.fps, video.path)
+        writer.add(video.key, latent, text.encode([caption])[0], caption, fps, video.path, decoder)
     except DataError as error:
         reason = error.reason if isinstance(error, VideoError) else str(error)
         log.warning("rejected %s: %s", shown(video.path), reason)

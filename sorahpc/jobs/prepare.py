@@ -29,7 +29,7 @@ from typing import Any
 from sorahpc.config import Config
 from sorahpc.data.decode import VideoError, open_regular, probe
 from sorahpc.data.manifest import MANIFEST, Video, read_manifest, shown, write_manifest
-from sorahpc.errors import DataError, Stopped
+from sorahpc.errors import DataError, SoraHPCError, Stopped
 from sorahpc.runs import Task
 
 log = logging.getLogger(__name__)
@@ -45,7 +45,8 @@ PARTIAL_EVERY_S = 60.0
 
 GONE = "file is gone: not in the videos folder any more"
 _DUPLICATE = "duplicate: "
-_NOT_FINAL = ("can't read", "changed", "unexpected", GONE)  # reasons that may pass while the file stays as it is
+# Reasons that may pass while the file stays as it is. That it crashed the decoder or needs too much memory does not.
+_NOT_FINAL = ("can't read", "changed", "unexpected", "took longer", "decoder killed", GONE)
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,9 @@ def run(config: Config, task: Task) -> None:
 
     kept = num_rejected = 0
     saved = time.monotonic()
-    with ThreadPoolExecutor(section.resources.cpus_per_task) as pool:  # hashing and demuxing release the GIL
+    with ThreadPoolExecutor(
+        section.resources.cpus_per_task
+    ) as pool:  # hashing releases the GIL; each has a decoder of its own
         done = pool.map(lambda f: _look_at(f, rows.get(f.path)), found)
         try:
             for i, (row, was_kept) in enumerate(done):
@@ -302,6 +305,8 @@ def _look_at(found: _Found, old: Video | None) -> tuple[Video, bool]:
         return dataclasses.replace(row, reason=error.reason), False
     except OSError as error:
         return dataclasses.replace(row, reason=f"can't read: {error.strerror}"), False
+    except SoraHPCError:
+        raise  # no decoder on this machine: no fault of the file
     except Exception as error:  # a hole in our handling of broken files; it must not cost the other videos
         log.exception("%s: unexpected while probing", shown(found.path))
         return dataclasses.replace(row, reason=f"unexpected: {type(error).__name__}: {error}"), False

@@ -1,0 +1,144 @@
+"""DALI and PyAV give the same frames; what DALI can't read, or not right, PyAV reads."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from videos import claim_matrix, cut, numbered, numbers, recording, write_video
+
+from sorahpc.data import dali, isolate
+from sorahpc.data.decode import ClipPlan, VideoError, decode, decode_by
+from sorahpc.errors import SetupError
+from sorahpc.jobs import encode
+
+INSTALLED = importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
+if os.environ.get("SORAHPC_REQUIRE_DALI") == "1":
+    assert INSTALLED, "SORAHPC_REQUIRE_DALI=1, but DALI is not installed: make dali"
+needs_dali = pytest.mark.skipif(not INSTALLED, reason="DALI is not installed: make dali")
+
+
+def at(height: int, width: int, *times: float) -> ClipPlan:
+    return ClipPlan(times, height, width)
+
+
+def read_by_dali(path: Path, plan: ClipPlan) -> np.ndarray:
+    clip, reader = decode_by("dali", path, plan)
+    assert reader == "dali"
+    return clip
+
+
+def transcoded(path: Path, frames: np.ndarray, codec: str, colorspace: int, color_range: int) -> Path:
+    """25 frames a second, flagged so and converted so."""
+    pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+    options = {} if codec == "mjpeg" else {"b": "4M", "deadline": "realtime", "cpu-used": "8"}
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=25, options=options)
+        stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], pix_fmt
+        stream.codec_context.colorspace, stream.codec_context.color_range = colorspace, color_range
+        for i, pixels in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24").reformat(
+                format=pix_fmt, dst_colorspace=colorspace, dst_color_range=color_range
+            )
+            frame.pts, frame.time_base = i, Fraction(1, 25)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path
+
+
+@needs_dali
+@pytest.mark.parametrize(("codec", "suffix"), [("libvpx-vp9", "webm"), ("libvpx", "mkv"), ("mjpeg", "mov")])
+def test_real_pictures_are_the_same_by_both(tmp_path: Path, codec: str, suffix: str) -> None:
+    with av.open(str(recording("bikes"))) as container:
+        frames = np.stack(
+            [f.to_ndarray(format="rgb24") for _, f in zip(range(12), container.decode(video=0), strict=False)]
+        )
+    for colorspace, color_range in [(1, 1), (5, 1), (5, 2)] if codec == "libvpx-vp9" else [(5, 2)]:
+        for crop in ((272, 640), (271, 303)):
+            path = transcoded(tmp_path / f"a.{suffix}", frames[:, : crop[0], : crop[1]], codec, colorspace, color_range)
+            for size in ((crop[0] // 16 * 16, crop[1] // 16 * 16), (64, 96), (96, 64)):
+                plan = at(*size, 0, 0.1, 0.2, 0.21, 0.4)
+                error = np.abs(decode(path, plan).astype(int) - read_by_dali(path, plan))
+                # Of 255: 0.2 and 1 by the same matrix; 0.8 and 3 where DALI's is taken back in 8 bits.
+                assert error.mean() < 1 and np.percentile(error, 99) <= 4, (colorspace, color_range, size)
+
+
+@needs_dali
+def test_frames_are_chosen_by_their_times(tmp_path: Path) -> None:
+    steady = write_video(tmp_path / "a.webm", numbered(50), fps=25, codec="libvpx-vp9", audio=True)
+    assert numbers(read_by_dali(steady, at(64, 64, *(i / 8 for i in range(13))))) == [i * 25 // 8 for i in range(13)]
+    hidden = {"auto-alt-ref": "1", "lag-in-frames": "16", "deadline": "good"}
+    for codec in ("libvpx", "libvpx-vp9"):  # with frames that are never shown
+        path = write_video(tmp_path / "b.webm", numbered(60), fps=25, codec=codec, options=hidden)
+        assert numbers(read_by_dali(path, at(64, 64, *(i / 25 for i in range(60))))) == list(range(60))
+    times = [Fraction(t, 1000) for t in (5000, 5040, 5080, 6000, 6040, 6900, 7500, 7540)]
+    path = write_video(tmp_path / "c.mkv", numbered(8), times=times, codec="libvpx-vp9")
+    plan = at(64, 64, 0, 0.04, 0.5, 0.999, 1.0, 1.8, 2.0, 2.51)
+    assert numbers(read_by_dali(path, plan)) == numbers(decode(path, plan)) == [0, 1, 2, 3, 3, 4, 5, 6]
+
+
+@needs_dali
+def test_turned_and_stretched_pictures_are_shown_as_by_pyav(tmp_path: Path) -> None:
+    frames = numbered(5, height=48, width=80)
+    frames[:, :16] = (230, 40, 40)
+    for matrix in ((0, 1, -1, 0), (-1, 0, 0, -1), (0, -1, 1, 0)):
+        path = write_video(tmp_path / "a.mov", frames, codec="mjpeg", pix_fmt="yuvj420p")
+        claim_matrix(path, matrix)
+        plan = at(80, 48, 0, 0.25)
+        assert np.abs(decode(path, plan).astype(int) - read_by_dali(path, plan)).mean() < 3  # hard edges, smeared
+    wide = write_video(tmp_path / "b.mkv", numbered(5), codec="libvpx-vp9", aspect=Fraction(2))
+    assert np.abs(decode(wide, at(64, 128, 0)).astype(int) - read_by_dali(wide, at(64, 128, 0))).mean() < 3
+
+
+@needs_dali
+def test_what_dali_can_not_read_right_is_read_by_pyav_and_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    green = np.tile(np.array((0, 255, 0), np.uint8), (3, 64, 64, 1))
+    files = {
+        "h264 is not for DALI on the CPU": write_video(tmp_path / "a.mp4", numbered(9)),
+        "yuv444p is not for DALI": write_video(tmp_path / "b.webm", numbered(9), codec="libvpx-vp9", pix_fmt="yuv444p"),
+        "colours beyond BT.601's RGB": transcoded(tmp_path / "c.webm", green, "libvpx-vp9", 1, 1),
+    }
+    for why, path in files.items():
+        with caplog.at_level(logging.INFO):
+            clip, reader = decode_by("dali", path, at(64, 64, 0))
+        assert reader == "pyav" and (clip == decode(path, at(64, 64, 0))).all()
+        assert caplog.messages[-1].startswith(f"{path}: read by PyAV: ") and why in caplog.messages[-1]
+    assert np.abs(decode(files["colours beyond BT.601's RGB"], at(64, 64, 0)).astype(int) - green[0]).max() <= 4
+
+
+@needs_dali
+def test_a_file_that_is_cut_off_is_refused_and_one_that_kills_dali_is_read_by_pyav(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = write_video(tmp_path / "a.webm", numbered(96), codec="libvpx-vp9")
+    plan = at(64, 64, *(i / 8 for i in range(96)))
+    with pytest.raises(VideoError, match="truncated: ends at"):  # DALI itself would make up the missing frames
+        decode_by("dali", cut(whole, tmp_path / "b.webm", 0.5), plan)
+    isolate.end_all()
+    start = "import os, sys; sys.path[:] = sys.argv[3:]; from sorahpc.data import dali, isolate; "
+    start += "dali.read = lambda *_: os.abort(); isolate.serve(*map(int, sys.argv[1:3]))"
+    monkeypatch.setattr(isolate, "_START", start)
+    clip, reader = decode_by("dali", whole, plan)
+    isolate.end_all()
+    assert reader == "pyav" and numbers(clip) == list(range(96))
+
+
+def test_dali_is_asked_for_only_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert encode._decoder("pyav") == "pyav"
+    monkeypatch.setattr(dali, "installed", lambda: False)
+    with pytest.raises(SetupError, match=r"encode\.decoder: dali is not installed; pip install 'sorahpc\[dali\]'"):
+        encode._decoder("dali")
+    assert encode._decoder("auto") == "pyav"
+    monkeypatch.setattr(dali, "installed", lambda: True)
+    monkeypatch.setattr(encode.torch.cuda, "is_available", lambda: False)
+    assert encode._decoder("auto") == "pyav" and encode._decoder("dali") == "dali"
+    monkeypatch.setattr(encode.torch.cuda, "is_available", lambda: True)
+    assert encode._decoder("auto") == "dali"
