@@ -164,14 +164,14 @@ class TilingConfig(Section):
 
 class VaeConfig(Section):
     path: ConfigPath = Field(
-        description="diffusers autoencoder: a local folder (config.json + safetensors) or single safetensors file"
+        description="diffusers autoencoder: a folder (config.json + safetensors), a safetensors file, or a fetched name"
     )
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="compute dtype of the VAE")
     tiling: TilingConfig | None = Field(None, description="how long and large clips are cut; None: whole clips")
 
 
 class TextConfig(Section):
-    path: ConfigPath = Field(description="local folder of a transformers T5 encoder with its tokenizer")
+    path: ConfigPath = Field(description="transformers T5 encoder with its tokenizer: a folder, or a fetched name")
     max_tokens: int = Field(256, ge=1, le=4096, description="captions are cut to this many tokens")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="compute dtype of the text encoder")
 

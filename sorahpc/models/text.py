@@ -15,6 +15,7 @@ import torch
 from sorahpc.errors import ConfigError, SetupError
 from sorahpc.models.vae import sha256_files, weight_files
 from sorahpc.runs import atomic_write, write_json
+from sorahpc.store import resolve
 
 WEIGHTS = "model.safetensors"
 _CLASSES = {"t5": "T5EncoderModel", "umt5": "UMT5EncoderModel"}  # model_type of config.json -> class
@@ -74,8 +75,9 @@ def load_text(
 
     Raises:
         ConfigError: naming text.path: no such folder or file, another kind of model, weights that don't fit.
+        SetupError: a name of sorahpc.store that isn't in it.
     """
-    folder = Path(path)
+    folder = resolve(Path(path), "text", "text.path")
     if not folder.is_dir():
         raise ConfigError(
             f"text.path: no folder {folder}; expected a local T5 encoder (config.json, safetensors, tokenizer)"

@@ -27,6 +27,7 @@ import torch
 from sorahpc.config import TilingConfig
 from sorahpc.errors import ConfigError, SetupError
 from sorahpc.models.tiling import Cut, in_parts
+from sorahpc.store import resolve
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 MAX_JSON_BYTES = 64 << 20  # an index of shards is some hundred kB; more is not ours
@@ -362,14 +363,15 @@ def load_vae(
     """Load a video autoencoder, ready for inference.
 
     Args:
-        path: a diffusers folder (config.json + safetensors), or a .safetensors file with its config.json beside it.
+        path: a diffusers folder (config.json + safetensors), a .safetensors file with its config.json beside it, or
+            a name of sorahpc.store.
         tiling: how it cuts what it encodes and decodes.
 
     Raises:
         ConfigError: naming vae.path: no such folder or file, a class that is not known here, weights that don't fit;
-        naming vae.tiling: the class can't be cut so.
+        naming vae.tiling: the class can't be cut so. SetupError: a name that isn't in the store.
     """
-    path = Path(path)
+    path = resolve(Path(path), "vae", "vae.path")
     single = path.is_file()
     folder = path.parent if single else path
     if single and path.suffix != ".safetensors":
