@@ -225,12 +225,8 @@ def test_the_second_encoder_of_a_pipeline_finds_its_own_tokenizer(tmp_path: Path
 
 
 def test_a_clip_that_is_none_or_lacks_the_projection_is_one_line(tiny: Path, tmp_path: Path) -> None:
-    with pytest.raises(
-        ConfigError, match=r"^clip: model_type .*expected one of clip_text_model, clip, found 't5'$"
-    ):
+    with pytest.raises(ConfigError, match=r"^clip: model_type .*expected one of clip_text_model, clip, found 't5'$"):
         load_clip(tiny)
     write_clip(tmp_path, "CLIPTextModel")
-    with pytest.raises(
-        ConfigError, match=r"^clip: .*lack 1 tensors of CLIPTextModelWithProjection, such as text_"
-    ):
+    with pytest.raises(ConfigError, match=r"^clip: .*lack 1 tensors of CLIPTextModelWithProjection, such as text_"):
         load_clip(tmp_path, projected=True)
