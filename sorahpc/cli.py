@@ -240,6 +240,38 @@ def _pipeline_slurm(config: Config, as_json: bool, wait: bool) -> int:
 
 
 @app.command()
+def fetch(
+    what: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="Such as wan-2.1 or owner/repository/folder@revision.")
+    ] = None,
+    store: Annotated[
+        Path | None, typer.Option("--store", help="Folder; by default $SORAHPC_STORE or ~/.cache/sorahpc.")
+    ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read what is there and hold it against its hashes.")
+    ] = False,
+    as_json: AsJson = False,
+) -> int:
+    """Weights into the store, on a machine with a network; without a name, what can be named and what is there."""
+    from sorahpc import store as weights
+
+    place = store or weights.store_dir()
+    if verify:
+        results = weights.verify(what, place)
+        lines = [f"{r['name']}: ok, {r['files']} files, {r['bytes']} bytes, revision {r['revision']}" for r in results]
+        _say(results, "\n".join(lines) or f"{place}: nothing in it", as_json)
+    elif what is None:
+        listed = {n: (place / n / weights.MANIFEST).is_file() for n in sorted(weights.NAMES)}
+        lines = [f"{n}: {weights.NAMES[n].kind}{', in the store' if there else ''}" for n, there in listed.items()]
+        _say({"store": str(place), "names": listed}, "\n".join(lines), as_json)
+    else:
+        result = weights.fetch(what, place)
+        said = "fetched" if result["fetched"] else "already there"
+        _say(result, f"{what}: {said}, revision {result['revision']}; {result['path']}", as_json)
+    return 0
+
+
+@app.command()
 def demo(overrides: Overrides = None, cluster: ClusterOpt = None) -> int:
     """The whole pipeline on the toy world, and its report; again: only what is missing."""
     from sorahpc.demo import main as run_demo

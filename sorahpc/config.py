@@ -141,13 +141,37 @@ class ClipConfig(Section):
         return self
 
 
+class TilingConfig(Section):
+    """Clips too long or too large for the VAE's memory: parts that overlap, blended. Part of what a cache holds."""
+
+    tile_px: int | None = Field(
+        None, ge=1, description="side of a tile, a multiple of the VAE's stride; None: no tiles"
+    )
+    overlap_px: int = Field(64, ge=0, description="what two neighbouring tiles share, a multiple of the stride")
+    chunk_frames: int | None = Field(
+        None, ge=1, description="frames of a chunk, as the VAE takes them (4k+1); None: no chunks"
+    )
+    overlap_frames: int = Field(9, ge=1, description="what two neighbouring chunks share: temporal stride x k + 1")
+
+    @model_validator(mode="after")
+    def _smaller(self) -> TilingConfig:
+        if self.tile_px and self.overlap_px >= self.tile_px:
+            raise ValueError(f"overlap_px: less than tile_px = {self.tile_px}, not {self.overlap_px}")
+        if self.chunk_frames and self.overlap_frames >= self.chunk_frames:
+            raise ValueError(f"overlap_frames: less than chunk_frames = {self.chunk_frames}, not {self.overlap_frames}")
+        return self
+
+
 class VaeConfig(Section):
-    path: ConfigPath = Field(description="local folder of a diffusers autoencoder (config.json + safetensors)")
+    path: ConfigPath = Field(
+        description="diffusers autoencoder: a folder (config.json + safetensors), a safetensors file, or a fetched name"
+    )
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="compute dtype of the VAE")
+    tiling: TilingConfig | None = Field(None, description="how long and large clips are cut; None: whole clips")
 
 
 class TextConfig(Section):
-    path: ConfigPath = Field(description="local folder of a transformers T5 encoder with its tokenizer")
+    path: ConfigPath = Field(description="transformers T5 encoder with its tokenizer: a folder, or a fetched name")
     max_tokens: int = Field(256, ge=1, le=4096, description="captions are cut to this many tokens")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="compute dtype of the text encoder")
 

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MODULES = sorted((ROOT / "sorahpc").rglob("*.py"))
 
 FLOORS = {
-    0: {"errors", "config", "log", "runs", "page"},
+    0: {"errors", "config", "log", "runs", "page", "store"},
     1: {"ops", "distributed"},
     2: {"data", "models", "diffusion", "metrics", "profiling"},
     3: {"jobs"},
@@ -30,6 +30,7 @@ ONE_PLACE = {
     "h5py": "sorahpc/data/shards.py",
     "diffusers": "sorahpc/models/vae.py",
     "transformers": "sorahpc/models/text.py",
+    "huggingface_hub": "sorahpc/store.py",
     "sorahpc._C": "sorahpc/ops/_library.py",
     "transformer_engine": "sorahpc/profiling/peers.py",
     "apex": "sorahpc/profiling/peers.py",

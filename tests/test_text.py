@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from sorahpc.data.toyworld import caption, scene_of
 from sorahpc.errors import ConfigError
-from sorahpc.models.text import load_text, make_tiny_t5
+from sorahpc.models.text import load_clip, load_text, make_tiny_t5
 
 CAPTIONS = [caption(scene_of(0, i)) for i in range(288)]
 
@@ -131,10 +131,102 @@ def test_weights_that_lack_a_tensor_are_refused(tiny: Path, tmp_path: Path) -> N
     state = load_file(tmp_path / "model.safetensors")
     name = next(n for n in state if n.endswith("wo.weight"))
     save_file({k: v for k, v in state.items() if k != name}, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ConfigError, match=f"lack 1 tensors of config.json, such as {name}"):
+    with pytest.raises(ConfigError, match=f"lack 1 tensors of T5EncoderModel, such as {name}"):
         load_text(tmp_path)
 
 
 def test_a_dim_that_heads_do_not_divide_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="multiple of 16"):
         make_tiny_t5(tmp_path, CAPTIONS, dim=40)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# CLIP
+
+
+def write_clip(folder: Path, cls: str, **config: object) -> Path:
+    """A CLIP of 16 dims with random weights; its tokenizer puts a start and an end around the words."""
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+
+    tokenizer = Tokenizer(models.BPE(unk_token="<|endoftext|>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
+    special = ["<|startoftext|>", "<|endoftext|>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator(
+        CAPTIONS, trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet)
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{special[0]} $A {special[1]}", special_tokens=[(special[0], 0), (special[1], 1)]
+    )
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=special[0], eos_token=special[1], pad_token=special[1]
+    )
+    fast.save_pretrained(folder)
+    text = {"vocab_size": 400, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
+            "num_attention_heads": 2, "max_position_embeddings": 20, "bos_token_id": 0, "eos_token_id": 1,
+            "pad_token_id": 1, "projection_dim": 12}  # fmt: skip
+    torch.manual_seed(0)
+    if cls == "CLIPModel":
+        vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+                  "image_size": 8, "patch_size": 8}  # fmt: skip
+        whole = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=12)
+        transformers.CLIPModel(whole).save_pretrained(folder)
+    else:
+        getattr(transformers, cls)(transformers.CLIPTextConfig(**text, **config)).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("cls", "projected", "pooled_dim"),
+    [
+        ("CLIPTextModel", False, 16),
+        ("CLIPTextModelWithProjection", True, 12),
+        ("CLIPTextModelWithProjection", False, 16),
+        ("CLIPModel", True, 12),
+        ("CLIPModel", False, 16),
+    ],
+)
+def test_clip_gives_unpadded_tokens_and_a_pooled_vector_that_padding_would_not_change(
+    tmp_path: Path, cls: str, projected: bool, pooled_dim: int
+) -> None:
+    import transformers
+
+    clip = load_clip(write_clip(tmp_path, cls), projected)
+    assert (clip.dim, clip.pooled_dim, clip.max_tokens) == (16, pooled_dim, 20)
+    assert clip.id == ("CLIPTextModelWithProjection" if projected else "CLIPTextModel")
+    long = "a large blue square moves up fast, bounces off the wall, a large blue square moves up fast, and on and on"
+    found = clip.encode(["a red circle", "", long])
+    assert [len(hidden) for hidden, _ in found][1:] == [2, 20]
+    state = load_file(tmp_path / "model.safetensors")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text, (hidden, pooled) in zip(["a red circle", "", long], found, strict=True):
+        assert hidden.dtype == pooled.dtype == torch.float32 and tuple(pooled.shape) == (pooled_dim,)
+        # Independently: the closing token's place is the last, the projection a matrix without bias.
+        expected = hidden[-1] @ state["text_projection.weight"].T if projected else hidden[-1]
+        torch.testing.assert_close(pooled, expected)
+        padded = tokenizer(text, padding="max_length", truncation=True, max_length=20, return_tensors="pt")
+        with torch.inference_mode():
+            whole = clip._model(**padded).last_hidden_state[0, : len(hidden)]
+        torch.testing.assert_close(hidden, whole, rtol=1e-4, atol=1e-5)
+    assert torch.equal(clip.encode(["a red circle"])[0][1], found[0][1])
+
+
+def test_the_second_encoder_of_a_pipeline_finds_its_own_tokenizer(tmp_path: Path) -> None:
+    write_clip(tmp_path / "made", "CLIPTextModel")
+    make_tiny_t5(tmp_path / "tokenizer", CAPTIONS[:5], dim=16)  # of the first encoder
+    for path in (tmp_path / "made").iterdir():
+        place = tmp_path / ("tokenizer_2" if "token" in path.name else "text_encoder_2")
+        place.mkdir(exist_ok=True)
+        (place / path.name).write_bytes(path.read_bytes())
+    a, b = load_clip(tmp_path / "text_encoder_2"), load_clip(tmp_path / "made")
+    assert a.weights_sha256 == b.weights_sha256
+    assert torch.equal(a.encode(["a red circle"])[0][1], b.encode(["a red circle"])[0][1])
+
+
+def test_a_clip_that_is_none_or_lacks_the_projection_is_one_line(tiny: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^clip: model_type .*expected one of clip_text_model, clip, found 't5'$"):
+        load_clip(tiny)
+    write_clip(tmp_path, "CLIPTextModel")
+    with pytest.raises(ConfigError, match=r"^clip: .*lack 1 tensors of CLIPTextModelWithProjection, such as text_"):
+        load_clip(tmp_path, projected=True)

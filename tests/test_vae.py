@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
+import re
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from models import COSMOS, write_vae
+from models import COSMOS, WAN, ZOO, write_vae
 from safetensors.torch import load_file, save_file
 
 from sorahpc.config import Config, load_config, parse_config, shipped_dir
@@ -18,21 +22,8 @@ from sorahpc.data.manifest import Video
 from sorahpc.data.mp4 import write_mp4
 from sorahpc.data.toyworld import COLOURS, SIZES_PX, render, scene_of
 from sorahpc.errors import ConfigError
-from sorahpc.models.vae import CLASSES, WEIGHTS, build_vae, load_vae, save_vae
+from sorahpc.models.vae import CLASSES, WEIGHTS, Vae, build_vae, load_vae, save_vae
 from sorahpc.runs import Task
-
-FOUR = {"latent_channels": 4, "block_out_channels": [8, 8, 8, 8], "layers_per_block": 1}
-ZOO = {
-    "AutoencoderKLCosmos": (COSMOS, (4, 8, 8), 4),
-    "AutoencoderKLWan": ({"base_dim": 8, "z_dim": 4, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1}, (4, 8, 8), 4),
-    "AutoencoderKLHunyuanVideo": ({**FOUR, "norm_num_groups": 2}, (4, 8, 8), 4),
-    "AutoencoderKLCogVideoX": ({**FOUR, "norm_num_groups": 2}, (4, 8, 8), 8),
-    "AutoencoderKLMagvit": ({**FOUR, "norm_num_groups": 2}, (4, 8, 8), 4),
-    "AutoencoderKLLTXVideo": (
-        {"latent_channels": 4, "block_out_channels": [8] * 4, "decoder_block_out_channels": [8] * 4,
-         "layers_per_block": [1] * 5, "decoder_layers_per_block": [1] * 5}, (8, 32, 32), 8,
-    ),
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -44,14 +35,18 @@ def noise_clip(frames: int, height: int, width: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (frames, height, width, 3), dtype=np.uint8)
 
 
+def test_every_known_class_is_in_the_zoo() -> None:
+    assert {entry[0] for entry in ZOO.values()} == set(CLASSES)
+
+
 @pytest.mark.parametrize("name", ZOO)
-def test_each_class_round_trips_by_its_own_rule(name: str, tmp_path: Path) -> None:
-    arch, stride, unit = ZOO[name]
+def test_each_class_round_trips_by_its_own_rule_and_cuts_nothing_silently(name: str, tmp_path: Path) -> None:
+    cls, arch, stride, unit = ZOO[name]
     torch.manual_seed(0)
-    built = build_vae(name, arch)
+    built = build_vae(cls, arch)
     save_vae(built, built.module.state_dict(), tmp_path, torch.float32)
     vae = load_vae(tmp_path)
-    assert (vae.id, vae.stride, vae.channels) == (name, stride, 4) and len(vae.weights_sha256) == 64
+    assert (vae.id, vae.stride, vae.channels) == (cls, stride, 4) and len(vae.weights_sha256) == 64
     assert [vae.floor_frames(n) for n in (1, unit, unit + 1, 2 * unit)] == [1, 1, unit + 1, unit + 1]
     frames, height, width = unit + 1, 64, 96
     z = vae.encode(noise_clip(frames, height, width))
@@ -59,6 +54,10 @@ def test_each_class_round_trips_by_its_own_rule(name: str, tmp_path: Path) -> No
     clip = vae.decode(z)
     assert clip.dtype == np.uint8 and clip.shape == (frames, height, width, 3)
     assert torch.equal(vae.encode(noise_clip(frames, height, width)), z)  # the posterior's mean, not a draw from it
+    for shape in ((frames + 1, height, width), (frames, height - stride[1] // 2, width)):
+        with pytest.raises(ConfigError, match=rf"^vae: {cls} takes clips of {unit}k\+1 frames with sides in") as caught:
+            vae.encode(noise_clip(*shape))
+        assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("shape", [(16, 64, 64), (4, 64, 64), (9, 60, 64), (9, 64, 4), (0, 64, 64)])
@@ -91,7 +90,7 @@ def test_frames_may_be_a_view_of_any_strides(cosmos: Path) -> None:
 def test_bfloat16_compute_is_near_float32_or_refused_in_one_line(cosmos: Path, tmp_path: Path) -> None:
     clip = render(scene_of(1, 0))
     torch.manual_seed(0)
-    built = build_vae("AutoencoderKLWan", ZOO["AutoencoderKLWan"][0])
+    built = build_vae("AutoencoderKLWan", WAN)
     save_vae(built, built.module.state_dict(), tmp_path, torch.float32)
     a, b = load_vae(tmp_path).encode(clip), load_vae(tmp_path, dtype="bfloat16").encode(clip)
     assert b.dtype == torch.float32 and (a - b).abs().max() < 0.1 * a.abs().max()
@@ -184,7 +183,7 @@ def test_a_missing_folder_is_one_line_that_names_the_key() -> None:
 
 
 def test_a_config_that_lies_about_its_stride_is_found_at_the_first_clip(tmp_path: Path) -> None:
-    built = build_vae("AutoencoderKLLTXVideo", ZOO["AutoencoderKLLTXVideo"][0])
+    built = build_vae(*ZOO["LTX"][:2])
     save_vae(built, built.module.state_dict(), tmp_path, torch.float32)
     _edit(tmp_path, temporal_compression_ratio=4)
     with pytest.raises(ConfigError, match=r"vae\.path: .*where its config says"):
@@ -197,6 +196,168 @@ def test_a_wrong_class_or_arch_to_train_is_one_line() -> None:
     with pytest.raises(ConfigError, match=r"^train_vae.arch: AutoencoderKLCosmos refuses it"):
         build_vae("AutoencoderKLCosmos", {"latent_chanels": 4})
     assert "AutoencoderKLWan" in CLASSES
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What published models normalise by, held against the code of diffusers' own pipelines
+
+
+def _pipeline(name: str) -> ast.Module:
+    import diffusers
+
+    return ast.parse((Path(diffusers.__file__).parent / "pipelines" / f"{name}.py").read_text())
+
+
+class _Decoded(Exception):
+    """What a pipeline hands to its autoencoder."""
+
+
+def _denormalised_by(pipeline: str, module: torch.nn.Module, latents: torch.Tensor) -> torch.Tensor:
+    """Runs the pipeline's own lines that lead to its `self.vae.decode`, not a copy of them."""
+
+    def decode(z: torch.Tensor, *_: object, **__: object) -> None:
+        raise _Decoded(z)
+
+    def calls_decode(node: ast.AST) -> bool:
+        return any(ast.unparse(n.func) == "self.vae.decode" for n in ast.walk(node) if isinstance(n, ast.Call))
+
+    # The innermost run of lines that ends in it: a branch of an `if`, or the method `decode_latents`.
+    blocks = [
+        [line for line in lines if not isinstance(line, ast.Return)]
+        for node in ast.walk(_pipeline(pipeline))
+        for lines in (
+            [node.body, node.orelse] if isinstance(node, ast.If)
+            else [node.body] if isinstance(node, ast.FunctionDef) and node.name == "decode_latents" else []
+        )
+        if any(calls_decode(line) for line in lines)
+    ]  # fmt: skip
+    vae = SimpleNamespace(config=module.config, dtype=torch.float32, decode=decode)
+    # CogVideoX keeps `self.vae.config.scaling_factor` on the pipeline; Cosmos's sigma is its sampler's.
+    own = SimpleNamespace(
+        vae=vae, vae_scaling_factor_image=getattr(module.config, "scaling_factor", None),
+        scheduler=SimpleNamespace(config=SimpleNamespace(sigma_data=1.0)), vae_scale_factor=8,
+        _unpack_latents=lambda latents, *_: latents,  # Qwen-Image's tokens
+    )  # fmt: skip
+    names = {"self": own, "latents": latents, "torch": torch, "height": 16, "width": 16,
+             "get_module_execution_device": lambda _: torch.device("cpu")}  # fmt: skip
+    if pipeline.startswith("cogvideo"):  # its samples are [B,T,C,H,W]
+        names["latents"] = latents.transpose(1, 2)
+    with pytest.raises(_Decoded) as caught:
+        exec(compile(ast.Module(blocks[-1], []), pipeline, "exec"), names)
+    return caught.value.args[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "pipeline", "more"),
+    [
+        ("HunyuanVideo", "hunyuan_video/pipeline_hunyuan_video", {}),
+        ("HunyuanVideo 1.5", "hunyuan_video1_5/pipeline_hunyuan_video1_5", {}),
+        ("Wan 2.1", "wan/pipeline_wan", {"z_dim": 16}),
+        ("Wan 2.2", "wan/pipeline_wan", {"z_dim": 16, "latents_mean": [0.1 * k for k in range(16)]}),
+        ("CogVideoX", "cogvideo/pipeline_cogvideox", {}),
+        ("Cosmos", "cosmos/pipeline_cosmos_text2world", {"latent_channels": 16, "latents_mean": 0, "latents_std": 0}),
+        ("Mochi", "mochi/pipeline_mochi", {"latent_channels": 12, "latents_mean": 0, "latents_std": 0}),
+        ("Qwen-Image", "qwenimage/pipeline_qwenimage", {"z_dim": 16}),
+        ("EasyAnimate", "easyanimate/pipeline_easyanimate", {}),
+    ],
+)
+def test_the_native_normalisation_is_that_of_diffusers_pipelines(
+    name: str, pipeline: str, more: dict[str, object]
+) -> None:
+    cls, arch, *_ = ZOO[name]
+    arch = {k: v for k, v in {**arch, **more}.items() if v != 0 or k == "attention_resolutions"}  # 0: the default
+    vae = build_vae(cls, arch)
+    assert vae.native is not None
+    mean, std = vae.native
+    assert float((std - 1).abs().max()) > 0.01  # it does something
+    z = torch.randn(1, vae.channels, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+    at = slice(0, 3 if mean.shape[1] > 1 else 1)
+    raw = z * std[:, at, None, None] + mean[:, at, None, None]
+    torch.testing.assert_close(_denormalised_by(pipeline, vae.module, z), raw, rtol=1e-5, atol=1e-6)
+
+
+def test_the_native_normalisation_of_ltx_is_that_of_its_pipeline_both_ways() -> None:
+    tree = _pipeline("ltx/pipeline_ltx")
+    names: dict[str, Any] = {"torch": torch}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef) and node.name in ("_normalize_latents", "_denormalize_latents"):
+            node.decorator_list = []
+            exec(compile(ast.Module([node], []), "ltx", "exec"), names)
+    cls, arch, *_ = ZOO["LTX"]
+    built = build_vae(cls, {**arch, "scaling_factor": 0.7})
+    built.module.latents_mean.copy_(torch.tensor([0.5, -1.0, 0.0, 2.0]))
+    built.module.latents_std.copy_(torch.tensor([1.5, 0.5, 1.0, 3.0]))
+    vae = Vae(built.module, "", torch.float32, torch.device("cpu"))
+    assert vae.native is not None
+    mean, std = (v[:, :, None, None] for v in vae.native)
+    z = torch.randn(1, 4, 3, 2, 2)
+    args = (built.module.latents_mean, built.module.latents_std, 0.7)
+    torch.testing.assert_close(names["_normalize_latents"](z, *args), (z - mean) / std)
+    torch.testing.assert_close(names["_denormalize_latents"](z, *args), z * std + mean)
+
+
+def test_a_model_without_statistics_of_its_size_has_no_native_normalisation() -> None:
+    assert build_vae("AutoencoderKLWan", WAN).native is None  # 4 channels, with the constructor's 16 means
+    assert build_vae("AutoencoderKLCosmos", COSMOS).native is None
+    assert build_vae(*ZOO["KVAE"][:2]).native is None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Single files
+
+
+def _authors_name(name: str) -> str:
+    """Of a tensor of Wan's autoencoder as its authors save it, from its name in diffusers."""
+    name = re.sub(r"decoder\.up_blocks\.(\d)\.resnets\.(\d)",
+                  lambda m: f"decoder.upsamples.{4 * int(m[1]) + int(m[2])}", name)  # fmt: skip
+    name = re.sub(r"decoder\.up_blocks\.(\d)\.upsamplers\.0", lambda m: f"decoder.upsamples.{4 * int(m[1]) + 3}", name)
+    for ours, theirs in {
+        "encoder.down_blocks": "encoder.downsamples", "mid_block.resnets.0": "middle.0",
+        "mid_block.attentions.0": "middle.1", "mid_block.resnets.1": "middle.2", "norm_out": "head.0",
+        "conv_out": "head.2", "conv_in": "conv1", "conv_shortcut": "shortcut", "post_quant_conv": "conv2",
+        "quant_conv": "conv1",
+    }.items():  # fmt: skip
+        name = name.replace(ours, theirs)
+    if re.search(r"(samples\.\d+|middle\.[02])\.(norm|conv)\d", name):
+        for ours, theirs in {"norm1": "residual.0", "conv1": "residual.2", "norm2": "residual.3",
+                             "conv2": "residual.6"}.items():  # fmt: skip
+            name = name.replace(f".{ours}.", f".{theirs}.")
+    return name
+
+
+def test_a_single_file_loads_in_diffusers_names_and_in_the_authors(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    built = build_vae("AutoencoderKLWan", {"base_dim": 8, "z_dim": 4, "dim_mult": [1, 2, 4, 4]})
+    save_vae(built, built.module.state_dict(), tmp_path, torch.float32)
+    state = load_file(tmp_path / WEIGHTS)
+    theirs = {_authors_name(name): value for name, value in state.items()}
+    assert len(theirs) == len(state) and not theirs.keys() & state.keys()
+    save_file(theirs, tmp_path / "wan_vae.safetensors")
+    clip = noise_clip(5, 32, 32)
+    z = load_vae(tmp_path).encode(clip)
+    assert torch.equal(load_vae(tmp_path / WEIGHTS).encode(clip), z)
+    other = load_vae(tmp_path / "wan_vae.safetensors")
+    assert torch.equal(other.encode(clip), z) and other.module.training is False
+    theirs.pop("conv2.weight")
+    save_file(theirs, tmp_path / "wan_vae.safetensors")
+    with pytest.raises(ConfigError, match=r"wan_vae.safetensors: missing keys .*: 1, such as post_quant_conv.weight"):
+        load_vae(tmp_path / "wan_vae.safetensors")
+
+
+def test_a_single_file_that_can_not_be_read_is_one_line(cosmos: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes((cosmos / "config.json").read_bytes())
+    save_file({"encoder.strange": torch.zeros(1)}, tmp_path / "a.safetensors")
+    (tmp_path / "b.safetensors").write_bytes(b"\xff" * 64)
+    torch.save({"x": _Canary()}, tmp_path / "c.pth")
+    for name, word in {
+        "a.safetensors": "don't have diffusers' names, and AutoencoderKLCosmos can't be translated",
+        "b.safetensors": "doesn't load as AutoencoderKLCosmos",
+        "c.pth": "weights are read from safetensors only",
+        "d.safetensors": "no file",
+    }.items():
+        with pytest.raises(ConfigError, match=word) as caught:
+            load_vae(tmp_path / name)
+        assert str(caught.value).startswith("vae.path: ") and "\n" not in str(caught.value)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -154,6 +154,24 @@ def test_how_a_job_ends_is_its_exit_code_its_status_and_lines_without_a_tracebac
     assert not list((tmp_path / "runs/tiny/jobs/train/lease").glob("*.json"))
 
 
+def test_a_task_asks_for_no_network_unless_the_site_says_so(tmp_path: Path, config: Path) -> None:
+    script = (
+        "import os, sys; from sorahpc.cluster import worker\n"
+        "worker.execute = lambda *a, **k: print(os.environ['HF_HUB_OFFLINE']) or 0\n"
+        f"sys.exit(worker.main(['train', {str(config)!r}]))"
+    )
+    for env, said in (({}, "1"), ({"HF_HUB_OFFLINE": "0"}, "0")):
+        done = subprocess.run(
+            [sys.executable, "-c", script],
+            cwd=tmp_path,
+            env=tiny.env(**env),
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert (done.returncode, done.stdout) == (0, f"{said}\n"), done.stderr
+
+
 @pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM, signal.SIGINT])
 def test_a_signal_stops_between_steps_and_the_next_start_goes_on(
     tmp_path: Path, config: Path, number: signal.Signals

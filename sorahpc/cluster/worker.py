@@ -407,6 +407,8 @@ def main(argv: list[str] | None = None) -> int:
             wanted = resources(config, spec.job)
             cpus = os.environ.get("SLURM_CPUS_PER_TASK") or str(wanted.cpus_per_task if wanted else 1)
             os.environ.setdefault("OMP_NUM_THREADS", cpus)
+            # A compute node has no network: what looks for one anyway fails at once, not after minutes of retries.
+            os.environ.setdefault("HF_HUB_OFFLINE", "1")
             if spec.kind == "gang":
                 export_gang(place, os.environ)
             # The local launcher shows a display of its own, and keeps what is written past the log.

@@ -106,15 +106,21 @@ def check_info(path: Path, found: dict[str, Any], expected: dict[str, Any]) -> N
     Raises:
         DataError: one line a field that differs.
     """
-    there, wanted = dict(_flat(found)), dict(_flat(expected))
     faults = [
-        f"{shown(path)}: field `{name}`: expected {json.dumps(value)}, found {json.dumps(there.get(name))}; "
+        f"{shown(path)}: field `{name}`: expected {json.dumps(value)}, found {json.dumps(_at(found, name))}; "
         "use the settings that made this cache, or another folder (encode.cache)"
-        for name, value in wanted.items()
-        if there.get(name) != value
+        for name, value in _flat(expected)
+        if _at(found, name) != value
     ]
     if faults:
         raise DataError("\n".join(faults))
+
+
+def _at(value: Any, name: str) -> Any:
+    """The value at a dotted name; a whole mapping where the name is not of a leaf, None where there is nothing."""
+    for word in name.split("."):
+        value = value.get(word) if isinstance(value, dict) else None
+    return value
 
 
 def _flat(value: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

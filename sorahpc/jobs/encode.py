@@ -32,6 +32,7 @@ from sorahpc.data.cache import (
     check_info,
     pin_info,
     plan_shards,
+    read_index,
     read_info,
 )
 from sorahpc.data.decode import VideoError, decode_by, plan_clip
@@ -48,6 +49,7 @@ PREPROCESS = 1  # version of plan_clip and decode: raise it when they give other
 MAX_REASONS_SHOWN = 5
 Clip = tuple[np.ndarray, str]  # uint8 [T,H,W,3], and who decoded it
 AHEAD = 2  # clips that are decoded, or being so, while the VAE is at work on another
+MAX_NATIVE_MEAN, MAX_NATIVE_STD = 3.0, 5.0
 
 
 def run(config: Config, task: Task) -> None:
@@ -64,7 +66,7 @@ def run(config: Config, task: Task) -> None:
     if not any(v.ok for v in every):
         raise DataError(f"{shown(manifest)}: no usable video among {len(every)}; its column `reason` says why of each")
     device = torch.device("cuda", task.local_rank % torch.cuda.device_count()) if torch.cuda.is_available() else "cpu"
-    vae = load_vae(config.vae.path, config.vae.dtype, device)
+    vae = load_vae(config.vae.path, config.vae.dtype, device, config.vae.tiling)
     text = load_text(config.text.path, config.text.max_tokens, config.text.dtype, device)
     patch_hw = config.model.patch[1:] if config.model else (1, 1)
     decoder = _decoder(config.encode.decoder)
@@ -120,7 +122,9 @@ def run(config: Config, task: Task) -> None:
     if missing:
         by = ", ".join(f"{count} clips decoded by {reader}" for reader, count in sorted(readers.items()))
         log.info("encoded %d shards in %.1f s%s", len(missing), time.monotonic() - start, by and f": {by}")
-    _finish(folder, plan)
+    if _finish(folder, plan):
+        index = read_index(folder, vae.channels, text.dim)
+        _compare(vae, index.mean, index.std)
 
 
 def _decoder(wish: str) -> str:
@@ -176,7 +180,7 @@ def cache_info(
         "clip": clip.model_dump(mode="json"),
         "clip_sha256": config_hash(clip),
         "preprocess": PREPROCESS,
-        "tiling": None,
+        "tiling": config.vae.tiling.model_dump(mode="json") if config.vae.tiling else None,
     }
 
 
@@ -207,3 +211,22 @@ def _finish(folder: Path, plan: list[PlannedShard]) -> Summary | None:
             "%d shards in %s are not of this manifest; left alone, no longer read", summary.superseded, shown(folder)
         )
     return summary
+
+
+def _compare(vae: Vae, mean: torch.Tensor, std: torch.Tensor) -> None:
+    """Hold the latents' statistics (float32 [C]) against those that the VAE's published models normalise by.
+
+    Nothing else would tell of weights of another model, which encode any clip to latents of the right shape. Bounds are
+    wide: a small or odd set of clips is no fault.
+    """
+    if vae.native is None:
+        return
+    centre, scale = vae.native
+    spread = (scale.square().mean(1) + centre.var(1, correction=0)).sqrt()  # over latent frames, where it has each
+    mean, std = (mean - centre.mean(1)) / spread, std / spread
+    said = f"{vae.id}: latents normalised as its published models do have mean {mean.min():.2f} to {mean.max():.2f} "
+    said += f"and std {std.min():.2f} to {std.max():.2f} over channels, expected near 0 and 1"
+    if mean.abs().max() > MAX_NATIVE_MEAN or std.min() < 1 / MAX_NATIVE_STD or std.max() > MAX_NATIVE_STD:
+        log.warning("%s; unless it is a VAE of your own, its weights or the clips are not what they should be", said)
+    else:
+        log.info("%s", said)

@@ -115,7 +115,7 @@ def reconstruct(config: Config, advance: Callable[[], None]) -> None:
         for _ in chosen:
             advance()
         return
-    vae = load_vae(config.vae.path, config.vae.dtype)
+    vae = load_vae(config.vae.path, config.vae.dtype, tiling=config.vae.tiling)
     for field in ("id", "weights_sha256"):
         if getattr(vae, field) != cache.info["vae"][field]:
             raise DataError(

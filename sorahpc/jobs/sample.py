@@ -177,6 +177,7 @@ def plan(config: Config, prompts: list[Prompt], checkpoint: Path) -> list[Item]:
         # Names the weights, and through them the VAE and the text encoder; the path may change, the bytes may not.
         "checkpoint_manifest_sha256": _sha256(checkpoint / MANIFEST),
         "vae_dtype": config.vae.dtype,
+        "vae_tiling": config.vae.tiling.model_dump(mode="json") if config.vae.tiling else None,
         "text_dtype": config.text.dtype,
         "text_max_tokens": config.text.max_tokens,
     }
@@ -266,7 +267,7 @@ def _load(config: Config, checkpoint: Path, local_rank: int) -> Models:
     model, meta = load_ema_for_sampling(checkpoint, local_rank)
     device = next(model.parameters()).device
     text = load_text(config.text.path, config.text.max_tokens, config.text.dtype, device)
-    vae = load_vae(config.vae.path, config.vae.dtype, device)
+    vae = load_vae(config.vae.path, config.vae.dtype, device, config.vae.tiling)
     for section, found, path in (("vae", vae, config.vae.path), ("text", text, config.text.path)):
         for field in ("id", "weights_sha256"):
             expected = meta.cache[section][field]

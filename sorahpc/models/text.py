@@ -1,4 +1,4 @@
-"""Text encoders: T5 and umT5 of transformers from a local folder, and a tiny random T5 for the toy world.
+"""Text encoders: T5, umT5 and CLIP of transformers from a local folder, and a tiny random T5 for the toy world.
 
 Weights are read from safetensors only, nothing is fetched, and no code of the folder is run.
 """
@@ -15,10 +15,12 @@ import torch
 from sorahpc.errors import ConfigError, SetupError
 from sorahpc.models.vae import sha256_files, weight_files
 from sorahpc.runs import atomic_write, write_json
+from sorahpc.store import resolve
 
 WEIGHTS = "model.safetensors"
 _CLASSES = {"t5": "T5EncoderModel", "umt5": "UMT5EncoderModel"}  # model_type of config.json -> class
 _TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
+_CLIP_TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt")
 
 
 class TextEncoder:
@@ -46,13 +48,52 @@ class TextEncoder:
         """
         out = []
         for text in captions:
-            # Lone surrogates (from a file name, say) are no UTF-8, and the tokenizer refuses them.
-            clean = text.encode("utf-8", "replace").decode("utf-8")
-            ids = self._tokenizer(clean, truncation=True, max_length=self.max_tokens, return_tensors="pt").input_ids
+            ids = _ids(self._tokenizer, text, self.max_tokens).to(self._model.device)
             with torch.inference_mode():
-                hidden = self._model(input_ids=ids.to(self._model.device)).last_hidden_state[0]
+                hidden = self._model(input_ids=ids).last_hidden_state[0]
             out.append(hidden.float().cpu().contiguous())
         return out
+
+
+class ClipEncoder:
+    """Caption -> embeddings of its tokens and one of the whole. Made by `load_clip`.
+
+    Attributes:
+        id: name of the transformers class. dim: width of a token's embedding; pooled_dim: of the whole caption's.
+        weights_sha256: as of TextEncoder.
+        max_tokens: captions are cut to this many tokens, start and end among them: 77 in the published models.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, weights_sha256: str) -> None:
+        self.id: str = type(model).__name__
+        self._projects = hasattr(model, "text_projection")
+        self.dim = int(model.config.hidden_size)
+        self.pooled_dim = int(model.config.projection_dim) if self._projects else self.dim
+        self.weights_sha256 = weights_sha256
+        self.max_tokens = int(model.config.max_position_embeddings)
+        self._model, self._tokenizer = model, tokenizer
+
+    def encode(self, captions: Sequence[str]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Of each caption (float32 [L_i, dim], float32 [pooled_dim]) on the CPU, without padding.
+
+        The first is the last hidden state, after the final norm; the second that of the closing token, projected where
+        the class does. A token sees only those before it, so that without padding both are what they are with it.
+        """
+        out = []
+        for text in captions:
+            ids = _ids(self._tokenizer, text, self.max_tokens).to(self._model.device)
+            with torch.inference_mode():
+                found = self._model(input_ids=ids)
+            pooled = found.text_embeds if self._projects else found.pooler_output
+            out.append((found.last_hidden_state[0].float().cpu().contiguous(), pooled[0].float().cpu().contiguous()))
+        return out
+
+
+def _ids(tokenizer: Any, text: str, max_tokens: int) -> torch.Tensor:
+    # Lone surrogates (from a file name, say) are no UTF-8, and the tokenizer refuses them.
+    clean = text.encode("utf-8", "replace").decode("utf-8")
+    ids: torch.Tensor = tokenizer(clean, truncation=True, max_length=max_tokens, return_tensors="pt").input_ids
+    return ids
 
 
 def _transformers() -> Any:
@@ -74,32 +115,61 @@ def load_text(
 
     Raises:
         ConfigError: naming text.path: no such folder or file, another kind of model, weights that don't fit.
+        SetupError: a name of sorahpc.store that isn't in it.
     """
-    folder = Path(path)
+    folder = resolve(Path(path), "text", "text.path")
+    model, tokenizer, sha256 = _load(folder, "text.path", _CLASSES, _TOKENIZER_FILES, dtype)
+    return TextEncoder(model.to(device).eval().requires_grad_(False), tokenizer, sha256, max_tokens)
+
+
+def load_clip(
+    path: str | Path, projected: bool = False, dtype: str = "float32", device: str | torch.device = "cpu"
+) -> ClipEncoder:
+    """Load CLIP's text encoder with its tokenizer from a local folder, of the encoder alone or of a whole CLIP.
+
+    Args:
+        projected: the pooled embedding goes through the projection to the space shared with images.
+
+    Raises:
+        ConfigError: naming `clip`: as `load_text`; a projection is asked for that the folder doesn't have.
+    """
+    name = "CLIPTextModelWithProjection" if projected else "CLIPTextModel"
+    kinds = {"clip_text_model": name, "clip": name}
+    model, tokenizer, sha256 = _load(Path(path), "clip", kinds, _CLIP_TOKENIZER_FILES, dtype)
+    return ClipEncoder(model.to(device).eval().requires_grad_(False), tokenizer, sha256)
+
+
+def _load(
+    folder: Path, where: str, classes: dict[str, str], tokenizer_files: tuple[str, ...], dtype: str
+) -> tuple[Any, Any, str]:
+    """(model, tokenizer, sha256 of the files of both) of a folder whose config.json has one of the model types."""
     if not folder.is_dir():
         raise ConfigError(
-            f"text.path: no folder {folder}; expected a local T5 encoder (config.json, safetensors, tokenizer)"
+            f"{where}: no folder {folder}; expected a local {'/'.join(classes)} encoder (config.json, safetensors, "
+            "tokenizer)"
         )
     try:
         kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        raise ConfigError(f"text.path: no readable config.json with a model_type in {folder}") from None
-    if kind not in _CLASSES:
+        raise ConfigError(f"{where}: no readable config.json with a model_type in {folder}") from None
+    if kind not in classes:
         raise ConfigError(
-            f"text.path: model_type in {folder}/config.json: expected one of {', '.join(_CLASSES)}, found {kind!r}"
+            f"{where}: model_type in {folder}/config.json: expected one of {', '.join(classes)}, found {kind!r}"
         )
-    files = weight_files(folder, WEIGHTS, "text.path")
-    places = [folder, folder.parent / "tokenizer"]
-    place = next((p for p in places if any((p / name).is_file() for name in _TOKENIZER_FILES)), None)
+    files = weight_files(folder, WEIGHTS, where)
+    # In the repositories of pipelines `tokenizer` lies beside `text_encoder`, `tokenizer_2` beside `text_encoder_2`.
+    beside = folder.name.replace("text_encoder", "tokenizer") if "text_encoder" in folder.name else "tokenizer"
+    places = [folder, folder.parent / beside]
+    place = next((p for p in places if any((p / name).is_file() for name in tokenizer_files)), None)
     if place is None:
-        raise ConfigError(f"text.path: no {' or '.join(_TOKENIZER_FILES)} in {folder} or in {places[1]}")
-    sha256 = sha256_files([*files, *(place / n for n in _TOKENIZER_FILES if (place / n).is_file())])
+        raise ConfigError(f"{where}: no {' or '.join(tokenizer_files)} in {folder} or in {places[1]}")
+    sha256 = sha256_files([*files, *(place / n for n in tokenizer_files if (place / n).is_file())])
     transformers = _transformers()
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             str(place), local_files_only=True, trust_remote_code=False
         )
-        model, info = getattr(transformers, _CLASSES[kind]).from_pretrained(
+        model, info = getattr(transformers, classes[kind]).from_pretrained(
             str(folder),
             dtype=getattr(torch, dtype),
             use_safetensors=True,
@@ -108,14 +178,14 @@ def load_text(
         )
     except Exception as error:  # what a broken folder raises is any of a dozen types
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ConfigError(f"text.path: {folder} doesn't load as {_CLASSES[kind]}: {first[:300]}") from error
-    # Unexpected keys are fine: a whole T5 has a decoder too.
+        raise ConfigError(f"{where}: {folder} doesn't load as {classes[kind]}: {first[:300]}") from error
+    # Unexpected keys are fine: a whole T5 has a decoder too, and a whole CLIP an image encoder.
     faults = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
     if faults:
         raise ConfigError(
-            f"text.path: {folder}: the weights lack {len(faults)} tensors of config.json, such as {faults[0]}"
+            f"{where}: {folder}: the weights lack {len(faults)} tensors of {classes[kind]}, such as {faults[0]}"
         )
-    return TextEncoder(model.to(device).eval().requires_grad_(False), tokenizer, sha256, max_tokens)
+    return model, tokenizer, sha256
 
 
 def make_tiny_t5(folder: str | Path, captions: Sequence[str], dim: int = 64, seed: int = 0) -> None:

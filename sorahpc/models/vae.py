@@ -2,10 +2,13 @@
 
 The classes differ in their configs' words, in their strides and in which clip lengths they take; most cut a clip of a
 wrong length silently. `Vae` knows each class's rule, refuses what breaks it, and checks the shape of what comes out.
-Latents are the raw posterior mean: what a class does to normalise (scaling factors, latents_mean) is left out on
-purpose, since the cache normalises every class the same way from measured statistics.
+Latents are the raw posterior mean: the cache normalises every class the same way, from measured statistics. What the
+published models of a class normalise by (scaling factor, mean and std a channel) is `Vae.native`. Nothing is scaled by
+it; measured statistics far from it tell of wrong weights or wrongly scaled pixels.
 
-Weights are read from safetensors only: a pickle may run code.
+Weights are read from safetensors only: a pickle may run code. They lie in a folder as diffusers saves it, or in a
+single file with that folder's config.json beside it, in diffusers' names or, for AutoencoderKLWan and
+AutoencoderKLLTXVideo, in the names of the model's authors.
 """
 
 from __future__ import annotations
@@ -21,19 +24,67 @@ from typing import Any
 import numpy as np
 import torch
 
+from sorahpc.config import TilingConfig
 from sorahpc.errors import ConfigError, SetupError
+from sorahpc.models.tiling import Cut, in_parts
+from sorahpc.store import resolve
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 MAX_JSON_BYTES = 64 << 20  # an index of shards is some hundred kB; more is not ours
 
 
+Native = tuple[torch.Tensor, torch.Tensor] | None
+
+
+def _scaled(module: Any) -> Native:
+    """z * scaling_factor."""
+    factor = float(module.config.scaling_factor)
+    return torch.zeros(1, 1), torch.full((1, 1), 1 / factor)
+
+
+def _by_channel(module: Any) -> Native:
+    """(z - latents_mean) / latents_std, and / scaling_factor where there is one. None where the config has none.
+
+    Cosmos has a value for each channel and latent frame; what diffusers applies to shorter clips are the first ones.
+    """
+    config = dict(module.config)
+    if config.get("latents_mean") is None or config.get("latents_std") is None:
+        return None
+    mean, std = (
+        torch.tensor(config[k], dtype=torch.float32).flatten()[:, None] for k in ("latents_mean", "latents_std")
+    )
+    return mean, std / float(config.get("scaling_factor") or 1.0)
+
+
+def _cosmos_by_place(module: Any) -> Native:
+    """As `_by_channel`, from flat lists of channels x latent frames."""
+    found, channels = _by_channel(module), int(module.config.latent_channels)
+    if found is None or len(found[0]) % channels:
+        return found
+    return found[0].reshape(channels, -1), found[1].reshape(channels, -1)
+
+
+def _ltx_buffers(module: Any) -> Native:
+    """(z - latents_mean) * scaling_factor / latents_std, of buffers that lie among the weights."""
+    mean, std = (b.detach().float().cpu()[:, None] for b in (module.latents_mean, module.latents_std))
+    return mean, std / float(module.config.scaling_factor)
+
+
 @dataclass(frozen=True)
 class _Rule:
-    """How a class's config says its latent channels and its stride, and the unit u of the clip lengths k u + 1."""
+    """What a class says of itself.
+
+    channels: the key of its config that holds the latent channels. stride: config -> (temporal, spatial).
+    frames_unit: the unit u of the clip lengths k u + 1. native: what its published models normalise by.
+    streams: it goes through a clip piece by piece by itself and carries over what the next piece needs, so that a
+    piece's memory is all it takes, and cutting in time would only lose what is carried over.
+    """
 
     channels: str
-    stride: Callable[[dict[str, Any]], tuple[int, int]]  # config -> (temporal, spatial)
+    stride: Callable[[dict[str, Any]], tuple[int, int]]
     frames_unit: Callable[[int], int] = lambda temporal: temporal
+    native: Callable[[Any], Native] = _scaled
+    streams: bool = False
 
 
 def _by_ratio(config: dict[str, Any]) -> tuple[int, int]:
@@ -56,25 +107,30 @@ def _cogvideox(config: dict[str, Any]) -> tuple[int, int]:
     return int(config["temporal_compression_ratio"]), 2 ** (len(config["block_out_channels"]) - 1)
 
 
-# From the constructors of diffusers 0.42. CogVideoX works on 8 frames at a time whatever its stride: 5 frames come
-# back as 8, so its unit is twice its stride.
+# From the constructors and pipelines of diffusers 0.42. CogVideoX works on 8 frames at a time whatever its stride: 5
+# frames come back as 8, so its unit is twice its stride.
 _RULES = {
-    "AutoencoderKLCogVideoX": _Rule("latent_channels", _cogvideox, lambda temporal: 2 * temporal),
-    "AutoencoderKLCosmos": _Rule("latent_channels", _by_ratio),
+    "AutoencoderKLCogVideoX": _Rule("latent_channels", _cogvideox, lambda temporal: 2 * temporal, streams=True),
+    "AutoencoderKLCosmos": _Rule("latent_channels", _by_ratio, native=_cosmos_by_place),
     "AutoencoderKLHunyuanVideo": _Rule("latent_channels", _by_ratio),
     "AutoencoderKLHunyuanVideo15": _Rule("latent_channels", _by_ratio),
     "AutoencoderKLKVAEVideo": _Rule(
-        "z_channels", lambda c: (c["temporal_compress_times"], 2 ** (len(c["ch_mult"]) - 1))
+        "z_channels",
+        lambda c: (c["temporal_compress_times"], 2 ** (len(c["ch_mult"]) - 1)),
+        native=lambda module: None,  # no pipeline of diffusers uses it
+        streams=True,
     ),
-    "AutoencoderKLLTXVideo": _Rule("latent_channels", _ltx),
+    "AutoencoderKLLTXVideo": _Rule("latent_channels", _ltx, native=_ltx_buffers),
     "AutoencoderKLMagvit": _Rule(
         "latent_channels", lambda c: (2 ** (len(c["block_out_channels"]) - 2), 2 ** (len(c["block_out_channels"]) - 1))
     ),
     "AutoencoderKLMochi": _Rule(
-        "latent_channels", lambda c: (math.prod(c["temporal_expansions"]), math.prod(c["spatial_expansions"]))
+        "latent_channels",
+        lambda c: (math.prod(c["temporal_expansions"]), math.prod(c["spatial_expansions"])),
+        native=_by_channel,
     ),
-    "AutoencoderKLQwenImage": _Rule("z_dim", _wan),
-    "AutoencoderKLWan": _Rule("z_dim", _wan),
+    "AutoencoderKLQwenImage": _Rule("z_dim", _wan, native=_by_channel, streams=True),
+    "AutoencoderKLWan": _Rule("z_dim", _wan, native=_by_channel, streams=True),
 }
 CLASSES = tuple(sorted(_RULES))
 
@@ -88,9 +144,20 @@ class Vae:
         stride: (t, h, w): a latent frame covers t frames (the first one covers 1), a latent pixel covers h x w.
         weights_sha256: hex sha256 of the weights file, or of all of them in name order; "" for weights never saved.
         module: the diffusers module, for training.
+        native: (mean, std), float32 [C or 1, F], by which the class's published models normalise: (z - mean) / std.
+            F is 1, or one value a latent frame (Cosmos). None where the config has none, or, the constructor's
+            defaults in a model of another size, not one a channel.
     """
 
-    def __init__(self, module: Any, weights_sha256: str, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        module: Any,
+        weights_sha256: str,
+        dtype: torch.dtype,
+        device: torch.device,
+        tiling: TilingConfig | None = None,
+    ) -> None:
+        """Raises ConfigError, naming vae.tiling, where the class can't be cut so."""
         config = dict(module.config)
         self.id: str = type(module).__name__
         rule = _RULES[self.id]
@@ -104,6 +171,50 @@ class Vae:
         self.device = device
         # LTX from 0.9.5 on is a denoising decoder; its own pipeline decodes at timestep 0, without noise, by default.
         self._decode_args = (torch.zeros(1, device=device, dtype=dtype),) if config.get("timestep_conditioning") else ()
+        native = rule.native(module)
+        self.native: Native = native if native and len(native[0]) in (1, self.channels) else None
+        self.tiling = tiling
+        if tiling is not None:
+            self._check_tiling(tiling, rule)
+
+    def _check_tiling(self, tiling: TilingConfig, rule: _Rule) -> None:
+        (t, h, _), faults = self.stride, []
+        for name in ("tile_px", "overlap_px") if tiling.tile_px else ():
+            value = getattr(tiling, name)
+            if value % h:
+                faults.append(
+                    f"vae.tiling.{name}: {self.id} has a stride of {h} px: expected a multiple, found {value}"
+                )
+        if tiling.chunk_frames and rule.streams:
+            faults.append(
+                f"vae.tiling.chunk_frames: {self.id} goes through a clip piece by piece by itself, and loses nothing: "
+                f"expected null, found {tiling.chunk_frames}"
+            )
+        elif tiling.chunk_frames:
+            near = self.floor_frames(tiling.chunk_frames)
+            if near != tiling.chunk_frames:
+                found = f"found {tiling.chunk_frames}; nearest below: {near}"
+                faults.append(f"vae.tiling.chunk_frames: {self.id} takes {self.frames_unit}k+1 frames, {found}")
+            if tiling.overlap_frames % t != 1 % t:
+                found = f"found {tiling.overlap_frames}; nearest below: {(tiling.overlap_frames - 1) // t * t + 1}"
+                faults.append(f"vae.tiling.overlap_frames: {self.id} has a stride of {t}: expected {t}k+1, {found}")
+            # HunyuanVideo cuts a long clip in chunks of 17 frames by itself, as published: not inside ours as well.
+            for name in ("use_framewise_encoding", "use_framewise_decoding"):
+                if hasattr(self.module, name):
+                    setattr(self.module, name, False)
+        if faults:
+            raise ConfigError("\n".join(faults))
+
+    def _cuts(self, grid: tuple[int, ...]) -> tuple[tuple[Cut, Cut, Cut], tuple[Cut, Cut, Cut]]:
+        """The parts of a latent of `grid` (T,H,W) places: in those places, and in frames and pixels."""
+        (t, h, w), how = self.stride, self.tiling or TilingConfig()
+        chunk = (how.chunk_frames - 1) // t + 1 if how.chunk_frames else None
+        places = (
+            Cut.of(grid[0], chunk, (how.overlap_frames - 1) // t + 1),
+            Cut.of(grid[1], how.tile_px and how.tile_px // h, how.overlap_px // h),
+            Cut.of(grid[2], how.tile_px and how.tile_px // w, how.overlap_px // w),
+        )
+        return places, (places[0].frames(t), places[1].pixels(h), places[2].pixels(w))
 
     def floor_frames(self, frames: int) -> int:
         """The longest clip of at most `frames` (>= 1) frames that this class takes."""
@@ -139,12 +250,12 @@ class Vae:
         """
         if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3:
             raise ValueError(f"uint8 [T,H,W,3] expected, found {frames.dtype} {list(frames.shape)}")
-        expected = self.latent_shape(*frames.shape[:3])
+        places, pixels = self._cuts(self.latent_shape(*frames.shape[:3])[1:])
         with torch.inference_mode():
             x = torch.from_numpy(np.ascontiguousarray(frames)).to(self.device)
-            x = x.permute(3, 0, 1, 2)[None].to(self.dtype) / 127.5 - 1
+            x = x.permute(3, 0, 1, 2).to(self.dtype) / 127.5 - 1
             try:
-                z = self.module.encode(x).latent_dist.mode()[0].float().cpu().contiguous()
+                return in_parts(x, pixels, places, self._encode_part).cpu().contiguous()
             except NotImplementedError as error:
                 # torch says so where a kernel lacks the dtype (Haar patches in bfloat16 on the CPU, for one): the
                 # user's choice, and ours to explain. In float32 there is nothing to change: a bug, with its traceback.
@@ -154,6 +265,10 @@ class Vae:
                 raise ConfigError(
                     f"vae.dtype: {self.id} can't compute in {self.dtype} on {self.device.type} ({first}); use float32"
                 ) from None
+
+    def _encode_part(self, x: torch.Tensor) -> torch.Tensor:
+        z: torch.Tensor = self.module.encode(x[None]).latent_dist.mode()[0]
+        expected = self.latent_shape(*x.shape[1:])
         if tuple(z.shape) != expected:
             raise ConfigError(
                 f"vae.path: {self.id} made a latent {list(z.shape)} where its config says {list(expected)}; "
@@ -169,17 +284,20 @@ class Vae:
         """
         if latent.ndim != 4 or latent.shape[0] != self.channels:
             raise ValueError(f"[C,T,H,W] with C = {self.channels} expected, found {list(latent.shape)}")
-        (t, h, w), (frames, height, width) = self.stride, latent.shape[1:]
+        places, pixels = self._cuts(tuple(latent.shape[1:]))
         with torch.inference_mode():
-            x = self.module.decode(latent[None].to(self.device, self.dtype), *self._decode_args).sample[0]
-            x = ((x.float() + 1) * 127.5).round_().clamp_(0, 255).to(torch.uint8).permute(1, 2, 3, 0)
-            clip = x.cpu().contiguous().numpy()
-        expected = ((frames - 1) * t + 1, height * h, width * w, 3)
-        if clip.shape != expected:
-            raise ConfigError(
-                f"vae: {self.id} decoded {list(latent.shape)} to {list(clip.shape)}, not {list(expected)}"
-            )
+            x = in_parts(latent.to(self.device, self.dtype), places, pixels, self._decode_part)
+            x = ((x + 1) * 127.5).round_().clamp_(0, 255).to(torch.uint8).permute(1, 2, 3, 0)
+            clip: np.ndarray = x.cpu().contiguous().numpy()
         return clip
+
+    def _decode_part(self, z: torch.Tensor) -> torch.Tensor:
+        (t, h, w), (frames, height, width) = self.stride, z.shape[1:]
+        x: torch.Tensor = self.module.decode(z[None], *self._decode_args).sample[0]
+        expected = (3, (frames - 1) * t + 1, height * h, width * w)
+        if tuple(x.shape) != expected:
+            raise ConfigError(f"vae: {self.id} decoded {list(z.shape)} to {list(x.shape)}, not {list(expected)}")
+        return x
 
 
 def _class(name: Any, where: str) -> Any:
@@ -236,16 +354,32 @@ def sha256_files(paths: list[Path]) -> str:
     return digest.hexdigest()
 
 
-def load_vae(path: str | Path, dtype: str = "float32", device: str | torch.device = "cpu") -> Vae:
-    """Load a diffusers video autoencoder from a local folder (config.json + safetensors), ready for inference.
+def load_vae(
+    path: str | Path,
+    dtype: str = "float32",
+    device: str | torch.device = "cpu",
+    tiling: TilingConfig | None = None,
+) -> Vae:
+    """Load a video autoencoder, ready for inference.
+
+    Args:
+        path: a diffusers folder (config.json + safetensors), a .safetensors file with its config.json beside it, or
+            a name of sorahpc.store.
+        tiling: how it cuts what it encodes and decodes.
 
     Raises:
-        ConfigError: naming vae.path: no such folder or file, a class that is not known here, weights that don't fit.
+        ConfigError: naming vae.path: no such folder or file, a class that is not known here, weights that don't fit;
+        naming vae.tiling: the class can't be cut so. SetupError: a name that isn't in the store.
     """
-    folder = Path(path)
-    if not folder.is_dir():
+    path = resolve(Path(path), "vae", "vae.path")
+    single = path.is_file()
+    folder = path.parent if single else path
+    if single and path.suffix != ".safetensors":
+        raise ConfigError(f"vae.path: {path}: weights are read from safetensors only")
+    if not folder.is_dir() or (path.suffix == ".safetensors" and not path.exists()):
         raise ConfigError(
-            f"vae.path: no folder {folder}; expected a local diffusers autoencoder (config.json + safetensors)"
+            f"vae.path: no {'file' if path.suffix == '.safetensors' else 'folder'} {path}; expected a local diffusers "
+            "autoencoder (config.json + safetensors)"
         )
     if not (folder / "config.json").is_file():
         raise ConfigError(f"vae.path: no config.json in {folder}; expected a local diffusers autoencoder")
@@ -253,29 +387,64 @@ def load_vae(path: str | Path, dtype: str = "float32", device: str | torch.devic
         _read_json(folder / "config.json", "vae.path").get("_class_name"),
         f"vae.path: {folder}/config.json: _class_name",
     )
-    files = weight_files(folder, WEIGHTS, "vae.path")
+    files = [path] if single else weight_files(folder, WEIGHTS, "vae.path")
     sha256 = sha256_files(files)
     torch_dtype = getattr(torch, dtype)
     try:
-        module, info = cls.from_pretrained(
-            str(folder),
-            torch_dtype=torch_dtype,
-            use_safetensors=True,
-            local_files_only=True,
-            low_cpu_mem_usage=False,  # the other way needs another package, to save one copy of a small model
-            output_loading_info=True,
-        )
+        module, info = _from_file(cls, path, torch_dtype) if single else _from_folder(cls, folder, torch_dtype)
+    except ConfigError:
+        raise
     except Exception as error:  # what a broken folder raises is any of a dozen types, by the class
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ConfigError(f"vae.path: {folder} doesn't load as {cls.__name__}: {first[:300]}") from error
+        raise ConfigError(f"vae.path: {path} doesn't load as {cls.__name__}: {first[:300]}") from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info.get(kind):
             raise ConfigError(
-                f"vae.path: {folder}: {kind.replace('_', ' ')} between config.json and weights: "
+                f"vae.path: {path}: {kind.replace('_', ' ')} between config.json and weights: "
                 f"{len(info[kind])}, such as {sorted(map(str, info[kind]))[0]}"
             )
     module = module.to(device=device).eval().requires_grad_(False)
-    return Vae(module, sha256, torch_dtype, torch.device(device))
+    return Vae(module, sha256, torch_dtype, torch.device(device), tiling)
+
+
+def _from_folder(cls: Any, folder: Path, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
+    module, info = cls.from_pretrained(
+        str(folder),
+        torch_dtype=dtype,
+        use_safetensors=True,
+        local_files_only=True,
+        low_cpu_mem_usage=False,  # the other way needs another package, to save one copy of a small model
+        output_loading_info=True,
+    )
+    return module, info
+
+
+def _from_file(cls: Any, path: Path, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
+    """A module with the weights of a single file, in diffusers' names or in the authors' that diffusers can translate.
+
+    Not by from_single_file, which leaves what the file lacks at random values, with a line in the log.
+    """
+    from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
+    from safetensors.torch import load_file
+
+    config = cls.load_config(str(path.parent), local_files_only=True)
+    module = cls.from_config(config)
+    state, expected = load_file(path), module.state_dict()
+    if not state.keys() & expected.keys():
+        if cls.__name__ not in SINGLE_FILE_LOADABLE_CLASSES:
+            raise ConfigError(
+                f"vae.path: {path}: its tensors (such as {next(iter(sorted(state)), 'none')}) don't have diffusers' "
+                f"names, and {cls.__name__} can't be translated; use the folder that diffusers saves"
+            )
+        state = SINGLE_FILE_LOADABLE_CLASSES[cls.__name__]["checkpoint_mapping_fn"](config=config, checkpoint=state)
+    faults = {
+        "missing_keys": expected.keys() - state.keys(),
+        "unexpected_keys": state.keys() - expected.keys(),
+        "mismatched_keys": {k for k in expected.keys() & state.keys() if expected[k].shape != state[k].shape},
+    }
+    if not any(faults.values()):
+        module.load_state_dict(state)
+    return torch.nn.Module.to(module, dtype), faults  # diffusers' own `to` warns of modules it would rather keep
 
 
 def build_vae(class_name: str, arch: dict[str, Any], where: str = "train_vae") -> Vae:
