@@ -373,6 +373,21 @@ def test_a_caption_that_speaks_the_models_language_is_only_text(world: Path) -> 
     assert question.prompt == instruction_of(config.caption).replace("{caption}", model.plain(hostile))
 
 
+def test_an_answer_is_a_function_of_question_and_seed_alone_and_leaves_the_global_generator_be(world: Path) -> None:
+    model = LocalModel(world / "llm", "float32", "cpu", with_frames=False)
+
+    def said(seed: int, temperature: float = 0.7) -> str:
+        return model.answer("a red ball", [], seed=seed, temperature=temperature, max_new_tokens=12)[0]
+
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    first = [said(seed) for seed in range(4)]
+    assert torch.equal(torch.get_rng_state(), state) and len(set(first)) == 4
+    torch.manual_seed(2)
+    assert [said(seed) for seed in (3, 2, 1, 0)] == first[::-1]
+    assert len({said(seed, 0.0) for seed in range(3)}) == 1
+
+
 def test_a_question_that_is_too_long_for_the_model_is_a_fault_of_its_own(tmp_path: Path) -> None:
     model = LocalModel(write_llm(tmp_path / "llm", positions=64), "float32", "cpu", with_frames=False)
     assert model.answer("a ball " * 40, [], seed=0, temperature=0, max_new_tokens=8) == (
@@ -436,6 +451,7 @@ def test_a_config_that_names_code_of_another_place_is_refused(folder: Path, key:
     ("name", "data", "expected"),
     [
         ("config.json", "[]", "no readable config.json"),
+        ("config.json", '{"model_type": "llama", "x": ' + '{"a":' * 5000 + "1" + "}" * 5001, "no readable config.json"),
         ("config.json", '{"model_type": "t5"}', "expected a causal LM or an image-text-to-text model"),
         ("config.json", '{"model_type": ["llama"]}', "no readable config.json"),
         ("config.json", '{"model_type": "llama", "hidden_size": "x"}', "doesn't load"),

@@ -68,6 +68,11 @@ REFUSALS = [
     "It looks like there is a problem with the video, as all its frames are black or missing.",
     "It appears the video is missing from the message, so that nothing can be described here.",
     "Please provide the frames of the clip, and then a detailed caption can be written for them.",
+    "The image is not available, so I cannot provide a detailed caption for the clip that you sent.",
+    "I regret to inform you that I cannot create a caption, since the frames are not readable at all.",
+    "This content may violate our usage policies. If you believe this is an error, please contact us.",
+    "We're sorry, but something went wrong while we processed your request. Please try again later.",
+    "My apologies, I'm having trouble with seeing the frames. Can you send them again in another way?",
     "Could you please share the video itself? The short caption alone is not enough for this.",
 ]
 CHATTER = [
@@ -88,6 +93,9 @@ CHATTER = [
     "I will describe the clip now: a red ball rolls over the wet grass, to the left, in the sun.",
     "As requested, a red ball rolls over the wet grass, to the left, while the camera stays still.",
     "Let me describe the clip: a red ball rolls over the wet grass, to the left, in morning light.",
+    "Hello! Please upload the video frames that you would like me to describe in a detailed manner.",
+    "Here you go: a red ball rolls over the wet grass, to the left, while the camera stays still.",
+    "We can see a red ball that rolls over the wet grass, to the left, while the camera stays still.",
     "Great! A red ball rolls over the wet grass, to the left, while the camera does not move at all.",
 ]
 # Captions that come near those without being one.
@@ -112,6 +120,13 @@ CAPTIONS_OF_PEOPLE = [
     "The request stop of a country bus: an old man raises his hand, the red bus slows down and halts in front of him.",
     "The image of a full moon trembles on a black lake; a swan swims through it from the right, drawing long ripples.",
     "A very, very, very small kitten with grey stripes tumbles over a ball of blue wool on a carpet by a lamp.",
+    "We Are Open hangs on a sign in a shop window, and a woman in an apron turns it around as people walk past.",
+    "Certainly the largest of the herd, an elephant with one broken tusk crosses a shallow river in the low sun.",
+    "OK is spelled with stones on a sandy beach; the tide comes in and washes the letters away, one after another.",
+    "It looks like rain over the harbour: dark clouds move in from the left as sailors tie down their small boats.",
+    "This is a close-up of a bee on a purple flower, its wings catching the light as it crawls from left to right.",
+    "I-beams of rusted steel lie stacked in a yard while a crane lifts one of them slowly against a grey sky.",
+    "Let's Dance is written in glowing letters on the wall behind a couple who spin slowly under a mirror ball.",
     "一只红色的小球在潮湿的草地上慢慢地向左滚动，清晨的阳光照在露珠上，远处有一排高大的树木，镜头保持静止不动，"
     "画面色调温暖柔和，背景略微模糊。",
     "Ein roter Ball rollt langsam über nasses Gras nach links; die Morgensonne glänzt in den Tropfen, die Kamera ruht.",

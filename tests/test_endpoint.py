@@ -88,14 +88,18 @@ def test_an_answer_that_is_none_is_a_fault_and_no_crash(body: bytes, expected: t
 
 
 def test_an_endless_body_is_cut_at_the_limit() -> None:
+    sent = 0
+
     def endless(h: Any, b: Any, n: int) -> None:
         h.send_response(200)
         h.end_headers()
+        nonlocal sent
         while True:
-            h.wfile.write(b"x" * 65536)
+            sent += h.wfile.write(b"x" * 65536)
 
     with serving(endless) as server:
         assert ask(server.url) == ("", f"not an answer: over {MAX_RESPONSE_BYTES} bytes")
+    assert MAX_RESPONSE_BYTES < sent < 4 * MAX_RESPONSE_BYTES  # what the sockets' buffers take is sent too
 
 
 @pytest.mark.parametrize("status", [429, 500, 502, 503, 408])

@@ -48,7 +48,8 @@ _VERSION_KEY, _VERSION, _SETTINGS_KEY = b"sorahpc.captions", b"1", b"sorahpc.cap
 # begins so.
 _ASSISTANT = re.compile(
     r"\bas an? (?:ai|artificial intelligence|(?:large )?language model|text-based (?:ai|model))\b"
-    r"|\bi(?:'m| am) (?:just |only )?an? (?:ai|(?:large )?language model|text-based)\b",
+    r"|\bi(?:'m| am) (?:just |only )?an? (?:ai|(?:large )?language model|text-based)\b"
+    r"|\bi (?:cannot|can ?not|can't|am unable to) (?:provide|generate|create|write|produce|view|access)\b",
     re.IGNORECASE,
 )
 _THINGS = r"(?:image|video|frame|caption|picture)s?"
@@ -63,17 +64,19 @@ _REFUSAL = re.compile(
     r"|(?:this|the|your) (?:request|content|prompt|question)\b[^.]{0,60}\b(?:violate|against|inappropriate|not allowed)"
     rf"|(?:there (?:is|are|was|were) )?no {_THINGS}\b[^.]{{0,30}}\b(?:provided|attached|given|supplied|uploaded)"
     r"|it (?:seems|appears|looks like) (?:that )?(?:you|there|no)\b"
+    rf"|the {_THINGS} (?:is|are|was|were) (?:not |un)(?:available|readable|accessible|attached|provided)\b"
     rf"|it (?:seems|appears|looks like) (?:that )?the {_THINGS} (?:is|are|was|were|did)\b"
     r"|(?:please|could you(?: please)?|can you|kindly) (?:provide|share|upload|attach|send|give|clarify)\b)",
     re.IGNORECASE,
 )
 _CHATTER = re.compile(
     r"(?:(?:sure|certainly|of course|okay|ok|absolutely|alright|understood|great|no problem|got it)(?: thing)?\s*[,!.:]"
-    r"|(?:sure|certainly|okay|ok)(?: thing)? (?:here|i|let|the)\b"
+    r"|(?:sure|certainly|okay|ok)(?: thing)? (?:here|i|let)\b"
+    r"|(?:hello|hi)(?: there)?[!,.]|here you (?:go|are)\b"
     r"|(?:here(?:'s| is| are)|below is|the following is|this is) [^.:]{0,60}\b(?:caption|description|version|prompt)\b"
     r"|thank(?:s| you) for\b|let me (?:know|describe|help|expand|try)\b|as (?:requested|you asked|instructed)\b"
     rf"|based on (?:the|your|these) (?:\w+ )?(?:{_THINGS}|prompt|description)\b"
-    r"|(?:i|we)(?:'\w+)?\s)",
+    r"|i(?:'\w+)?\s|we(?:'\w+)? (?:can|could|see|have|are (?:shown|given|looking))\b)",
     re.IGNORECASE,
 )
 _LABEL = re.compile(r"(?:(?:detailed|expanded|improved|new|full|video) )*(?:caption|description|prompt)\s*:\s*", re.I)

@@ -96,9 +96,9 @@ class LocalModel:
             kind = config["model_type"]
             if not isinstance(kind, str):
                 raise TypeError
+            _refuse_remote_kernels(config, folder)
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             raise ConfigError(f"caption.path: no readable config.json with a model_type in {folder}") from None
-        _refuse_remote_kernels(config, folder)
         auto = _transformers().models.auto.modeling_auto
         self._sees = kind in auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
         if not self._sees and kind not in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
