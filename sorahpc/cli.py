@@ -90,7 +90,10 @@ def _launch(job_name: str, config: str, overrides: list[str], cluster: str | Non
 
 
 def _rejected(config: Config, job: str) -> tuple[dict[str, int], list[str]]:
-    """What a finished prepare or encode could not use: its number as JSON, and the first names with their reasons."""
+    """What a finished prepare, caption or encode could not use: its number as JSON, and the first names with their
+    reasons."""
+    if job == "caption":
+        return _kept(config)
     if job not in ("prepare", "encode"):
         return {}, []
     from sorahpc.data.manifest import MANIFEST, REJECTED, read_manifest, shown
@@ -110,6 +113,19 @@ def _rejected(config: Config, job: str) -> tuple[dict[str, int], list[str]]:
     return {"rejected": len(rows)}, lines
 
 
+def _kept(config: Config) -> tuple[dict[str, int], list[str]]:
+    """The clips whose own caption stays, after caption: as `_rejected`."""
+    from sorahpc.data.captions import CAPTIONS, read_captions
+    from sorahpc.data.manifest import shown
+
+    path = config.run_dir / CAPTIONS
+    rows = [row for row in (read_captions(path)[0] if path.exists() else []) if not row.caption]
+    lines = [f"clip {shown(row.key)} keeps its caption: {shown(row.reason)}" for row in rows[:MAX_REJECTED_SHOWN]]
+    if len(rows) > MAX_REJECTED_SHOWN:
+        lines.append(f"and {len(rows) - MAX_REJECTED_SHOWN} more; see {path}")
+    return {"kept": len(rows)}, lines
+
+
 @app.command()
 def prepare(
     config: ConfigArg, overrides: Overrides = None, cluster: ClusterOpt = None, dry_run: DryRun = False,
@@ -117,6 +133,15 @@ def prepare(
 ) -> int:  # fmt: skip
     """Folder of videos -> manifest."""
     return _launch("prepare", config, overrides or [], cluster, dry_run=dry_run, as_json=as_json, wait=wait)
+
+
+@app.command()
+def caption(
+    config: ConfigArg, overrides: Overrides = None, cluster: ClusterOpt = None, dry_run: DryRun = False,
+    as_json: AsJson = False, wait: Wait = False,
+) -> int:  # fmt: skip
+    """Manifest -> detailed captions, by a language model."""
+    return _launch("caption", config, overrides or [], cluster, dry_run=dry_run, as_json=as_json, wait=wait)
 
 
 @app.command()
@@ -169,7 +194,7 @@ def pipeline(
     config: ConfigArg, overrides: Overrides = None, cluster: ClusterOpt = None, dry_run: DryRun = False,
     as_json: AsJson = False, wait: Wait = False,
 ) -> int:  # fmt: skip
-    """prepare, encode, train and sample, each after the other; again: only what is missing."""
+    """prepare, caption (if asked for), encode, train and sample, each after the other; again: only what is missing."""
     from sorahpc.config import load_config
 
     loaded = load_config(config, overrides or [], cluster)

@@ -77,6 +77,19 @@ def _check_name(text: str) -> str:
     return text
 
 
+def _check_url(text: str) -> str:
+    # Credentials, also those of a query, would end up in every config.yaml and error line.
+    if not re.fullmatch(r"https?://([A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?(/[A-Za-z0-9._~/-]*)?", text):
+        raise ValueError("http(s)://host[:port]/path, without user, password, query or fragment")
+    return text.rstrip("/")
+
+
+def _check_instruction(text: str) -> str:
+    if text.count("{caption}") != 1:
+        raise ValueError("a text that holds {caption} once, where the short caption goes")
+    return text
+
+
 ConfigPath = Annotated[Path, AfterValidator(_check_path)]
 SafeStr = Annotated[str, AfterValidator(_check_safe)]
 RunName = Annotated[str, AfterValidator(_check_name)]
@@ -159,6 +172,57 @@ class TilingConfig(Section):
             raise ValueError(f"overlap_px: less than tile_px = {self.tile_px}, not {self.overlap_px}")
         if self.chunk_frames and self.overlap_frames >= self.chunk_frames:
             raise ValueError(f"overlap_frames: less than chunk_frames = {self.chunk_frames}, not {self.overlap_frames}")
+        return self
+
+
+class EndpointConfig(Section):
+    """A server that speaks OpenAI's chat completions, such as vLLM, SGLang, llama.cpp or a hosted one."""
+
+    url: Annotated[str, AfterValidator(_check_url)] = Field(
+        description="base address: /chat/completions is added, so it mostly ends in /v1"
+    )
+    model: str = Field(min_length=1, max_length=256, description="name of the model, as the server knows it")
+    key_env: Annotated[str, AfterValidator(_check_variable)] | None = Field(
+        None, description="environment variable that holds the API key; None: no key is sent"
+    )
+    timeout_s: float = Field(120.0, gt=0, le=3600, description="a request, from connecting to the last byte")
+    retries: int = Field(6, ge=0, le=100, description="of a request that met 429, 5xx or no answer, waiting longer")
+    concurrency: int = Field(4, ge=1, le=256, description="requests of a task at the same time")
+
+
+class CaptionConfig(Section):
+    """Manifest -> detailed captions, and short prompts -> detailed prompts, by a language model."""
+
+    path: ConfigPath | None = Field(
+        None, description="local folder of a transformers causal LM or image-text-to-text model with its tokenizer"
+    )
+    endpoint: EndpointConfig | None = Field(None, description="or a server; one of `path` and `endpoint`")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="compute dtype of the local model")
+    frames: int = Field(4, ge=0, le=64, description="frames of a clip that the model is shown; 0: the text alone")
+    frame_area_px: int = Field(448 * 448, ge=256, description="largest height x width of such a frame")
+    instruction: Annotated[str, AfterValidator(_check_instruction)] | None = Field(
+        None, description="what the model is asked of a clip; None: the built-in text"
+    )
+    prompt_instruction: Annotated[str, AfterValidator(_check_instruction)] | None = Field(
+        None, description="what the model is asked of a prompt (sample.expand); None: the built-in text"
+    )
+    max_new_tokens: int = Field(384, ge=1, le=8192, description="an answer that reaches it is cut, hence rejected")
+    temperature: float = Field(0.0, ge=0, le=2, description="of the first attempt; 0: the likeliest token each time")
+    attempts: int = Field(3, ge=1, le=20, description="answers asked for until one is accepted, each with its own seed")
+    min_chars: int = Field(60, ge=1, le=10_000, description="a shorter answer is rejected")
+    max_chars: int = Field(2000, ge=1, le=10_000, description="and so is a longer one")
+    share: float = Field(
+        0.95, ge=0, le=1, description="of clips, encoded with the detailed caption; 0: no clip is captioned"
+    )
+    seed: int = Field(0, ge=0, lt=2**31, description="of sampling, and of which clips the share is")
+    resources: ArrayResources = ArrayResources()
+
+    @model_validator(mode="after")
+    def _agrees(self) -> CaptionConfig:
+        if (self.path is None) == (self.endpoint is None):
+            raise ValueError("path: one of caption.path and caption.endpoint, not both or none")
+        if self.min_chars > self.max_chars:
+            raise ValueError(f"min_chars: at most max_chars = {self.max_chars}")
         return self
 
 
@@ -351,6 +415,7 @@ class SampleConfig(Section):
     t_shift: float = Field(1.0, gt=0, description="as train.t_shift, on the sampling grid")
     seed: int = Field(0, ge=0, lt=2**31)
     prompts_per_pack: int = Field(8, ge=1, description="prompts that are denoised together; part of the result's bits")
+    expand: bool = Field(False, description="prompts are made detailed by the model of the section `caption` first")
     resources: ArrayResources = ArrayResources()
 
 
@@ -450,6 +515,7 @@ class Config(Section):
     cluster: ClusterConfig = ClusterConfig()
     prepare: PrepareConfig | None = None
     clip: ClipConfig = ClipConfig()
+    caption: CaptionConfig | None = None
     vae: VaeConfig | None = None
     train_vae: TrainVaeConfig | None = None
     text: TextConfig | None = None
@@ -471,6 +537,12 @@ class Config(Section):
                 f"train.tp: a divisor of the hidden size {self.model.mlp_dim} = model.dim {self.model.dim} x "
                 f"model.mlp_ratio {self.model.mlp_ratio}, not {self.train.tp}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _expander(self) -> Config:
+        if self.sample and self.sample.expand and self.caption is None:
+            raise ValueError("sample.expand: false, or a section `caption` that says by which model")
         return self
 
     @model_validator(mode="after")

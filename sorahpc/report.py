@@ -23,7 +23,7 @@ from sorahpc.runs import atomic_write
 
 MAX_CLIPS = 96  # in the page; a browser decodes them all at once
 MAX_MEDIA_BYTES = 48 << 20
-JOBS = ("prepare", "encode", "train", "sample", "evaluate")
+JOBS = ("prepare", "caption", "encode", "train", "sample", "evaluate")
 ASPECTS = ("visible", "colour", "shape", "direction")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -58,4 +59,80 @@ def write_vae(folder: Path) -> Path:
 def write_t5(folder: Path, videos: Path) -> Path:
     """A T5 of 16 dims that knows the captions beside `videos`."""
     make_tiny_t5(folder, [p.read_text() for p in sorted(videos.glob("*.txt"))], dim=16, seed=0)
+    return folder
+
+
+WORDS = (
+    "a the red blue large small wooden ball box dog woman tree river moves rolls falls slowly left right up down over "
+    "near behind with soft bright light camera follows grass morning"
+).split()
+CHAT = (
+    "{% for m in messages %}user : {% if m['content'] is string %}{{ m['content'] }}{% else %}"
+    "{% for c in m['content'] %}{% if c['type'] == 'image' %}<image> {% else %}{{ c['text'] }}{% endif %}{% endfor %}"
+    "{% endif %}{% endfor %} <answer>"
+)
+
+
+def _words_tokenizer(folder: Path) -> Any:
+    """A word a token, so that whatever a random model says reads like a caption."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", "<image>", "<answer>", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>",
+        extra_special_tokens={"image_token": "<image>", "answer_token": "<answer>"},
+    )  # fmt: skip
+    made.chat_template = CHAT
+    return made
+
+
+def _llama(positions: int) -> dict[str, Any]:
+    return {
+        "vocab_size": 5 + len(WORDS), "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": positions,
+        "initializer_range": 0.4, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None,
+    }  # fmt: skip
+
+
+def write_llm(folder: Path, seed: int = 0, positions: int = 1024) -> Path:
+    """A causal LM with random weights that says words of WORDS, and at random ends."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    LlamaForCausalLM(LlamaConfig(**_llama(positions))).save_pretrained(folder)
+    _words_tokenizer(folder).save_pretrained(folder)
+    return folder
+
+
+def write_vlm(folder: Path, seed: int = 0) -> Path:
+    """The same with eyes: a LLaVA of 16 px."""
+    from transformers import (
+        CLIPImageProcessor,
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        LlavaProcessor,
+    )
+
+    torch.manual_seed(seed)
+    vision = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8,
+        projection_dim=16, initializer_range=0.4,
+    )  # fmt: skip
+    config = LlavaConfig(
+        vision_config=vision, text_config=LlamaConfig(**_llama(1024)), image_token_index=3, image_seq_length=4,
+        initializer_range=0.4, eos_token_id=1, pad_token_id=0,
+    )  # fmt: skip
+    LlavaForConditionalGeneration(config).save_pretrained(folder)
+    size = {"height": 16, "width": 16}
+    processor = LlavaProcessor(
+        CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=size), _words_tokenizer(folder), patch_size=8,
+        vision_feature_select_strategy="default", image_token="<image>", chat_template=CHAT,
+        num_additional_image_tokens=1,
+    )  # fmt: skip
+    processor.save_pretrained(folder)
     return folder

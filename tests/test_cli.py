@@ -18,6 +18,7 @@ import yaml
 from sorahpc.cli import main
 from sorahpc.cluster.launch import JOBS
 from sorahpc.config import KernelsConfig, load_config
+from sorahpc.data.captions import Row, write_captions
 
 HEAVY = ("torch", "numpy", "megatron", "submitit", "av", "h5py", "diffusers", "transformers", "pyarrow")
 
@@ -341,6 +342,14 @@ def test_prepare_and_encode_end_by_naming_what_they_could_not_use(tmp_path: Path
         '[{"key": "", "source": "/v/a\\nb.mp4", "reason": "too short"}]'
     )
     assert json.loads(tiny.sorahpc("encode", config, "--json", cwd=tmp_path).stdout)["rejected"] == 1
+    with_captions = tiny.write_config(tmp_path / "runs", caption={"path": "llm"})
+    rows = [Row(f"{i:016x}", "" if i else "a caption", "refusal" if i else "", "x") for i in range(12)]
+    write_captions(tmp_path / "runs/tiny/captions.parquet", rows, "")
+    kept = [f"clip {i:016x} keeps its caption: refusal" for i in range(1, 11)]
+    assert tiny.sorahpc("caption", with_captions, cwd=tmp_path).stdout.splitlines() == [
+        "caption: done; run folder runs/tiny", *kept, "and 1 more; see runs/tiny/captions.parquet"
+    ]  # fmt: skip
+    assert json.loads(tiny.sorahpc("caption", with_captions, "--json", cwd=tmp_path).stdout)["kept"] == 11
     done = tiny.sorahpc("pipeline", config, cwd=tmp_path)
     assert done.stdout.splitlines()[-2:] == [
         "encode: rejected /v/a\\nb.mp4: too short",

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from endpoints import completion, send, serving
 
 from sorahpc.config import Config, ModelConfig, TrainConfig, parse_config
 from sorahpc.data.prompts import read_prompts
@@ -286,6 +287,69 @@ def test_a_latent_that_is_not_finite_is_refused_by_name(
     with pytest.raises(NumericsError, match="sample 00000-a-red-circle-moves-left: the latent is not finite"):
         run(configure(world, tmp_path))
     assert not list((tmp_path / "samples").glob("*.mp4"))
+
+
+LONG = "A {} moves slowly over a grey floor, seen from above in even light, and the camera stays still, take {}."
+
+
+def expanding(world: Path, tmp_path: Path, url: str, prompts: list[dict[str, Any]], **caption: Any) -> Config:
+    """In a run folder of its own, which has no captions yet."""
+    if not (tmp_path / "runs").exists():
+        shutil.copytree(world / "runs", tmp_path / "runs")
+    data = configure(world, tmp_path, prompts).model_dump(mode="json")
+    data["sample"]["expand"] = True
+    server = {"url": url, "model": "stub", "timeout_s": 5, "retries": 0}
+    return parse_config(data | {"runs_dir": str(tmp_path / "runs"), "caption": {"endpoint": server, **caption}})
+
+
+def test_prompts_are_expanded_once_and_the_sidecar_says_to_what(
+    world: Path, made: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def respond(h: Any, b: dict[str, Any], n: int) -> None:
+        asked = b["messages"][0]["content"]
+        send(h, 200, completion("I can't do that." if "large blue" in asked else LONG.format("red circle", n)))
+
+    prompts = [{"prompt": "a red  circle moves left"}, {"prompt": "a large blue square moves up"},
+               {"prompt": "a red circle moves left"}]  # fmt: skip
+    with serving(respond) as server, caplog.at_level(logging.WARNING):
+        config = expanding(world, tmp_path, server.url, prompts, attempts=2)
+        for rank in (1, 0):
+            run(config, rank, 2)
+        # Task 1 has the third prompt, task 0 the others: the first is the third's, but for a blank.
+        assert len(server.requests) == 3 and {b["messages"][0]["content"][:30] for _, _, b in server.requests} == {
+            "Write a detailed prompt for a "
+        }
+        before = {p.name: p.stat().st_mtime_ns for p in config.samples_dir.glob("0*")}
+        run(config)
+        assert len(server.requests) == 3
+        assert {p.name: p.stat().st_mtime_ns for p in config.samples_dir.glob("0*")} == before
+    index = [s["prompt"] for s in json.loads((config.samples_dir / "prompts.json").read_text())["samples"]]
+    assert index == [p["prompt"] for p in prompts]
+    first, refused, third = (json.loads(p.read_text()) for p in sorted(config.samples_dir.glob("0*.json")))
+    assert first["prompt"] == "a red  circle moves left" and first["settings"]["prompt"] == first["expansion"]["prompt"]
+    assert first["expansion"] == third["expansion"] and first["expansion"]["prompt"].startswith("A red circle moves")
+    assert first["expansion"]["model"] == {"endpoint_model": "stub"}
+    assert refused["settings"]["prompt"] == refused["prompt"] and refused["expansion"]["reason"] == "refusal"
+    assert "00001-a-large-blue-square-moves-up: the prompt stays as it is: refusal" in caplog.text
+    # What the model saw is the expanded text: the same as if it had been the prompt itself.
+    (tmp_path / "plain").mkdir()
+    plain = [{"prompt": s["settings"]["prompt"]} for s in (first, refused, third)]
+    run(configure(world, tmp_path / "plain", plain))
+    bytes_of = [[p.read_bytes() for p in sorted(folder.glob("0*.mp4"))]
+                for folder in (config.samples_dir, tmp_path / "plain/samples")]  # fmt: skip
+    assert bytes_of[0] == bytes_of[1]
+
+
+def test_without_expansion_a_sidecar_is_what_it_was(made: Path) -> None:
+    assert not [p.name for p in made.glob("0*.json") if "expansion" in json.loads(p.read_text())]
+
+
+def test_a_stop_while_prompts_are_expanded_is_one_line(world: Path, tmp_path: Path) -> None:
+    with serving(lambda h, b, n: send(h, 200, completion(LONG.format("ball", n)))) as server:
+        config = expanding(world, tmp_path, server.url, PROMPTS)
+        with pytest.raises(Stopped, match="stopped on request with 4 captions asked for"):
+            run(config, stop_requested=lambda: True)
+    assert not list(config.samples_dir.glob("0*"))
 
 
 def profile_config(world: Path, tmp_path: Path, **profile: Any) -> Config:

@@ -114,12 +114,13 @@ def test_the_script_is_pure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["encode", "train", "sample", "profile"])
+@pytest.mark.parametrize("name", ["caption", "encode", "train", "sample", "profile"])
 def test_the_shipped_sbatch_script_makes_the_same_request(name: str) -> None:
     shipped = (tiny.ROOT / "slurm" / f"{name}.sbatch").read_text()
     mine = options(shipped)
     gang = {"tasks_per_node": 1, "nodes": 2}
     sections: dict[str, Any] = {
+        "caption": {"path": "llm", "resources": {"tasks": 4}},
         "encode": {"resources": {"tasks": 4}},
         "train": {**tiny.config_data()["train"], "resources": gang},
         "sample": {"prompts": "p", "resources": {"tasks": 4}},
@@ -253,6 +254,9 @@ def test_a_requests_time_and_memory_are_whole(tmp_path: Path) -> None:
 
 def test_the_pipeline_is_the_jobs_that_the_config_has_sections_for() -> None:
     assert [j.name for j in pipeline_jobs(config())] == ["prepare", "encode", "train", "sample"]
+    whole = ["prepare", "caption", "encode", "train", "sample"]
+    assert [j.name for j in pipeline_jobs(config(caption={"path": "llm"}))] == whole
+    assert "caption" not in [j.name for j in pipeline_jobs(config(caption={"path": "llm", "share": 0}))]
     data = tiny.config_data()
     del data["prepare"], data["text"]
     with pytest.raises(ConfigError, match="text: missing; `encode` needs"):

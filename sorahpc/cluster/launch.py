@@ -51,6 +51,7 @@ JOBS = {
     job.name: job
     for job in (
         Job("prepare", "array", ("prepare",), "Folder of videos -> manifest."),
+        Job("caption", "array", ("caption",), "Manifest -> detailed captions, by a language model."),
         Job("encode", "array", ("vae", "text"), "Manifest -> HDF5 latent cache."),
         Job("train", "gang", ("model", "train"), "Latent cache -> checkpoints."),
         Job("sample", "array", ("vae", "text", "sample"), "Checkpoint and prompts -> mp4 files."),
@@ -61,7 +62,7 @@ JOBS = {
         Job("profile-sample", "array", ("vae", "text", "sample"), "Steps of sampling under a profiler."),
     )
 }
-PIPELINE = ("prepare", "encode", "train", "sample")
+PIPELINE = ("prepare", "caption", "encode", "train", "sample")
 
 
 def describe_job(name: str) -> Job:
@@ -302,7 +303,9 @@ def run_inline(config: Config, job: Job, launch_id: str, progress: bool) -> int:
 
 def pipeline_jobs(config: Config) -> list[Job]:
     """The jobs of the pipeline that this config has sections for, in order. Raises ConfigError where one can't run."""
-    has = {"prepare": config.prepare, "encode": config.vae, "train": config.train, "sample": config.sample}
+    for_clips = config.caption if config.caption and config.caption.share else None  # else it is for prompts only
+    has: dict[str, Any] = {"prepare": config.prepare, "caption": for_clips, "encode": config.vae}
+    has |= {"train": config.train, "sample": config.sample}
     jobs = [JOBS[name] for name in PIPELINE if has[name] is not None]
     if not jobs:
         raise ConfigError("pipeline: expected at least one of the sections prepare, vae, train, sample; found none")

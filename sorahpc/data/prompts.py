@@ -23,7 +23,10 @@ SLUG_CHARS = 40
 
 @dataclass(frozen=True)
 class Prompt:
-    """One line of a prompts file. None: as the section `sample` of the config says."""
+    """One line of a prompts file. None: as the section `sample` of the config says.
+
+    `detailed` is what `sample.expand` made of the text, "" where it was not asked for or nothing was accepted.
+    """
 
     index: int  # 0-based place among the prompts of the file
     line: int  # 1-based line, for messages
@@ -33,6 +36,13 @@ class Prompt:
     width: int | None = None
     frames: int | None = None
     fps: float | None = None
+    detailed: str = ""
+    expansion: dict[str, Any] | None = None  # how `detailed` was made, or why it was not
+
+    @property
+    def condition(self) -> str:
+        """What the model is conditioned on."""
+        return self.detailed or self.text
 
     @property
     def name(self) -> str:

@@ -35,6 +35,7 @@ from sorahpc.data.cache import (
     read_index,
     read_info,
 )
+from sorahpc.data.captions import with_captions
 from sorahpc.data.decode import VideoError, decode_by, plan_clip
 from sorahpc.data.manifest import MANIFEST, Video, read_manifest, shown
 from sorahpc.data.shards import EMPTY_TEXT, ShardWriter, clean_caption, remove_stale_parts, write_empty_text
@@ -56,13 +57,13 @@ def run(config: Config, task: Task) -> None:
     """Make this task's missing shards, and the index if it finds all of them.
 
     Raises:
-        ConfigError: sections or model folders missing. DataError: no manifest or no usable clip, or the cache folder
-        was made with other settings. Stopped: between two clips, on request.
+        ConfigError: sections or model folders missing. DataError: no manifest, captions or usable clip, or the cache
+        folder was made with other settings. Stopped: between two clips, on request.
     """
     config.need("vae", "text")
     assert config.vae is not None and config.text is not None
     manifest = config.run_dir / MANIFEST
-    every = read_manifest(manifest)
+    every = with_captions(config, read_manifest(manifest))
     if not any(v.ok for v in every):
         raise DataError(f"{shown(manifest)}: no usable video among {len(every)}; its column `reason` says why of each")
     device = torch.device("cuda", task.local_rank % torch.cuda.device_count()) if torch.cuda.is_available() else "cpu"

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from sorahpc.config import ClipConfig, Config
+from sorahpc.data.captions import with_captions
 from sorahpc.data.decode import ClipPlan, VideoError, decode, plan_clip, probe
 from sorahpc.data.latents import LatentCache
 from sorahpc.data.manifest import MANIFEST, Video, read_manifest
@@ -123,7 +124,8 @@ def reconstruct(config: Config, advance: Callable[[], None]) -> None:
                 f"made with {cache.info['vae'][field]}; use that VAE"
             )
     # Rejected rows keep their keys: a duplicate has that of the row that is used, a renamed file that of its new row.
-    videos = {video.key: video for video in read_manifest(config.run_dir / MANIFEST) if video.ok}
+    rows = with_captions(config, read_manifest(config.run_dir / MANIFEST))
+    videos = {video.key: video for video in rows if video.ok}
     clips = []
     for i in chosen:
         try:

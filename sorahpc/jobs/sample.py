@@ -12,6 +12,7 @@ there are, nor on which of them made it or what was there before. Unit u belongs
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -27,12 +28,15 @@ from torch import nn
 
 from sorahpc import ops
 from sorahpc.config import Config, config_hash
+from sorahpc.data.captions import ITEMS, known_items, read_item
+from sorahpc.data.manifest import shown
 from sorahpc.data.mp4 import write_mp4
 from sorahpc.data.prompts import Prompt, read_prompts
 from sorahpc.diffusion.sampler import euler, guided
 from sorahpc.distributed import megatron
 from sorahpc.distributed.checkpoint import MANIFEST, Meta, latest
 from sorahpc.errors import CheckpointError, ConfigError, NumericsError, SetupError, Stopped
+from sorahpc.models.captioner import ask_all, load_captioner, prompt_question
 from sorahpc.models.dit import DiT, load_ema_for_sampling
 from sorahpc.models.text import TextEncoder, load_text
 from sorahpc.models.vae import Vae, load_vae
@@ -91,10 +95,14 @@ def run(config: Config, task: Task) -> None:
     except OSError as error:
         raise SetupError(f"sample.out: can't make the folder {folder}: {error.strerror}") from None
 
+    size = config.sample.prompts_per_pack
+    if config.sample.expand:  # only those of this task's packs: no more than a pack decides a sample
+        own = [p for p in prompts if p.index // size % task.world_size == task.rank]
+        expanded = {p.index: p for p in expand(config, own, task)}
+        prompts = [expanded.get(p.index, p) for p in prompts]
     items = plan(config, prompts, checkpoint)
     if task.rank == 0:
         write_index(folder, items, config)
-    size = config.sample.prompts_per_pack
     units = [items[i : i + size] for i in range(0, len(items), size)][task.rank :: task.world_size]
     missing = [[item for item in unit if not _is_done(folder, item)] for unit in units]
     total = sum(len(unit) for unit in units)
@@ -136,7 +144,8 @@ def profile(config: Config, task: Task) -> None:
     assert config.sample is not None
     how, folder = config.profile, config.run_dir / "profile"
     checkpoint = _checkpoint(config)
-    items = plan(config, read_prompts(config.sample.prompts), checkpoint)[: config.sample.prompts_per_pack]
+    prompts = read_prompts(config.sample.prompts)[: config.sample.prompts_per_pack]
+    items = plan(config, expand(config, prompts, task) if config.sample.expand else prompts, checkpoint)
     few = config.model_copy(update={"sample": config.sample.model_copy(update={"steps": how.steps})})
     # What is recorded is one pack, from its text to its frames.
     once = how.model_copy(update={"steps": 1, "ranks": (task.rank,)})
@@ -165,6 +174,35 @@ def profile(config: Config, task: Task) -> None:
         megatron.stop()
 
 
+def expand(config: Config, prompts: list[Prompt], task: Task) -> list[Prompt]:
+    """The prompts, each with what the model of the section `caption` made of it, kept in `<run>/captions/prompts`.
+
+    A prompt whose answers are all rejected stays as it is; the log and the sidecar say why. The model is gone when this
+    returns: the memory is the sampler's.
+
+    Raises:
+        As `sorahpc.models.captioner.ask_all`.
+    """
+    section = config.caption
+    assert section is not None
+    cuda = torch.cuda.is_available() and section.path is not None
+    device = torch.device("cuda", task.local_rank % torch.cuda.device_count()) if cuda else "cpu"
+    captioner = load_captioner(section, device)
+    folder = config.run_dir / ITEMS / "prompts"
+    asked = [prompt_question(section, captioner, p.text) for p in prompts]
+    known = known_items(folder)
+    missing = {q.sha256: q for q in asked if q.sha256 not in known}  # equal prompts are asked about once
+    ask_all(section, captioner, list(missing.values()), folder, task.stop_requested, lambda _: None)
+    out = []
+    for p, question in zip(prompts, asked, strict=True):
+        item = read_item(folder, question.sha256)
+        if not item.caption:
+            log.warning("%s: the prompt stays as it is: %s", p.name, shown(item.reason))
+        how = {"prompt": item.caption, "reason": item.reason, "model": item.model, "item": item.sha256}
+        out.append(dataclasses.replace(p, detailed=item.caption, expansion=how))
+    return out
+
+
 def plan(config: Config, prompts: list[Prompt], checkpoint: Path) -> list[Item]:
     """Every sample of the prompts file, in order, with all settings that its bits depend on."""
     s = config.sample
@@ -184,7 +222,7 @@ def plan(config: Config, prompts: list[Prompt], checkpoint: Path) -> list[Item]:
     resolved: list[dict[str, Any]] = []
     for p in prompts:
         own: dict[str, Any] = {
-            "prompt": p.text,
+            "prompt": p.condition,
             # A line with its own seed asks for that seed's noise wherever it stands in the file.
             "seed": s.seed if p.seed is None else p.seed,
             "sample_id": p.index if p.seed is None else 0,
@@ -220,7 +258,7 @@ def make_pack(unit: list[Item], models: Models, config: Config) -> list[tuple[np
     """
     assert config.sample is not None
     with span("text encoder"):
-        *embeddings, empty = models.text.encode([*(item.prompt.text for item in unit), ""])
+        *embeddings, empty = models.text.encode([*(item.prompt.condition for item in unit), ""])
     shapes = [models.vae.latent_shape(item.frames, item.height, item.width) for item in unit]  # [C,T,H,W] each
     channels, patch, device = models.meta.channels, models.patch, models.device
     grids = torch.tensor([[n // p for n, p in zip(shape[1:], patch, strict=True)] for shape in shapes])  # [S,3]
@@ -370,6 +408,7 @@ def _write(
         "format": 1,
         "name": item.name,
         "prompt": item.prompt.text,
+        **({} if item.prompt.expansion is None else {"expansion": item.prompt.expansion}),
         "prompt_tokens": text_tokens,
         "seed": item.seed,
         "settings": item.settings,

@@ -1,0 +1,92 @@
+"""caption: manifest -> detailed captions, as the recipe of DALL-E 3 has it: a model writes what the captions leave out.
+
+An array of independent tasks; task k of n has the clips k, k+n, ... of the manifest, of which those that have their
+item are done. Whoever finds an item for every clip writes the table `captions.parquet`, which encode reads. The table
+depends neither on the number of tasks nor on how often they were killed. (Of an endpoint the answer that came first is
+kept.) A clip whose answers are all rejected keeps its own caption, and the table says why.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+
+import torch
+
+from sorahpc.config import Config
+from sorahpc.data.captions import (
+    CAPTIONS,
+    ITEMS,
+    Item,
+    caption_settings,
+    known_items,
+    merge,
+    read_item,
+    write_captions,
+)
+from sorahpc.data.manifest import MANIFEST, read_manifest, shown
+from sorahpc.errors import DataError, Stopped
+from sorahpc.models.captioner import ask_all, clip_question, load_captioner
+from sorahpc.runs import Task
+
+log = logging.getLogger(__name__)
+
+MAX_REASONS_SHOWN = 5
+
+
+def run(config: Config, task: Task) -> None:
+    """Caption this task's clips that have no item yet, and write the table if all tasks' are there.
+
+    Raises:
+        ConfigError: no section `caption`, or its model can't be used. SetupError: no key, or no answer of the endpoint.
+        DataError: no manifest or no usable clip, or not one answer was accepted. Stopped: on request.
+    """
+    config.need("caption")
+    section = config.caption
+    assert section is not None
+    manifest = config.run_dir / MANIFEST
+    videos = [v for v in read_manifest(manifest) if v.ok]
+    if not videos:
+        raise DataError(f"{shown(manifest)}: no usable video; its column `reason` says why of each")
+    cuda = torch.cuda.is_available() and section.path is not None
+    device = torch.device("cuda", task.local_rank % torch.cuda.device_count()) if cuda else "cpu"
+    captioner = load_captioner(section, device)
+    folder = config.run_dir / ITEMS / "clips"
+    questions = [clip_question(config, captioner, video) for video in videos]
+    known = known_items(folder)
+    mine = questions[task.rank :: task.world_size]
+    missing = [q for q in mine if q.sha256 not in known]
+    done, rejected = len(mine) - len(missing), 0
+    log.info("%d clips of this task, %d of them captioned before", len(mine), done)
+    task.report(done, len(mine), "clip")
+
+    def kept(item: Item) -> None:
+        nonlocal done, rejected
+        done += 1
+        if not item.caption:
+            rejected += 1
+            log.warning("clip %s keeps its caption: %s", item.subject, shown(item.reason))
+        task.report(done, len(mine), "clip", rejected=rejected)
+
+    try:
+        ask_all(section, captioner, missing, folder, task.stop_requested, kept)
+    except Stopped:
+        raise Stopped(f"caption: stopped with {done} of {len(mine)} clips of this task captioned") from None
+    known = known_items(folder)
+    lacking = sum(q.sha256 not in known for q in questions)
+    if lacking:
+        log.info("%d clips of other tasks are still to be captioned; the last task writes the table", lacking)
+        return
+    rows = merge([read_item(folder, q.sha256) for q in questions])
+    reasons = Counter(row.reason.split(":")[0] for row in rows if not row.caption)
+    if not any(row.caption for row in rows):
+        first = "; ".join(f"{row.key}: {row.reason}" for row in rows[:MAX_REASONS_SHOWN])
+        raise DataError(
+            f"{shown(folder)}: not one of {len(rows)} captions was accepted: {shown(first)}; the raw answers are in "
+            "its files: change the section `caption`"
+        )
+    write_captions(config.run_dir / CAPTIONS, rows, caption_settings(config))
+    log.info(
+        "captions complete: %d detailed, %d clips keep their own%s", sum(1 for r in rows if r.caption),
+        reasons.total(), f" ({', '.join(f'{n} {kind}' for kind, n in reasons.most_common())})" if reasons else "",
+    )  # fmt: skip

@@ -1,0 +1,5 @@
+from sorahpc.jobs.tiny import array
+
+
+def run(config, task):
+    array(config, task, 4)
