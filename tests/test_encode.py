@@ -6,10 +6,12 @@ import json
 import logging
 import multiprocessing
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -268,6 +270,43 @@ def test_another_vae_or_text_encoder_is_refused_by_its_hash(
     config = prepared(world, "whole", text={"path": str(tmp_path / "t5"), "max_tokens": 32})
     with pytest.raises(DataError, match=r"field `text.weights_sha256`"):
         encode.run(config, task(config))
+
+
+def test_the_command_line_refuses_a_cache_of_another_vae_text_encoder_and_size_by_field_and_decodes_its_own(
+    world: Path, whole: dict[str, bytes], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    from sorahpc.cli import main
+    from sorahpc.config import dump_config
+
+    config = prepared(world, "whole")
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    key = LatentCache(config.cache_dir).keys[2]
+    shutil.copytree(world / "vae", tmp_path / "vae")
+    state = load_file(world / "vae/diffusion_pytorch_model.safetensors")
+    state["decoder.conv_out.conv_s.bias"][0] += 1e-3
+    save_file(state, tmp_path / "vae/diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+    make_tiny_t5(tmp_path / "t5", ["a red circle"], dim=16, seed=0)
+    other = [f"vae.path={tmp_path}/vae", f"text.path={tmp_path}/t5", "clip.max_area_px=2048"]
+    assert main(["encode", str(tmp_path / "config.yaml"), *other]) == 4
+    said = capfd.readouterr()
+    for field in ("vae.weights_sha256", "text.weights_sha256", "clip.max_area_px"):
+        assert f"cache.json: field `{field}`: expected" in said.out + said.err
+    assert "Traceback" not in said.out + said.err and content(config) == whole
+
+    show = ["cache", "show", str(config.cache_dir), key, "--out", str(tmp_path / "x.mp4"), "--json"]
+    assert main([*show, "--vae", str(tmp_path / "vae")]) == 4
+    assert "field `vae.weights_sha256`" in capfd.readouterr().err and not (tmp_path / "x.mp4").exists()
+    assert main([*show, "--config", str(tmp_path / "config.yaml")]) == 0
+    row = json.loads(capfd.readouterr().out)
+    with av.open(str(tmp_path / "x.mp4")) as file:
+        video = file.streams.video[0]
+        size = (sum(1 for _ in file.decode(video)), video.height, video.width, video.average_rate)
+    (_, _, h, w) = row["shape"]
+    assert row["key"] == key and size == (row["frames"], 8 * h, 8 * w, 8)
+    assert main(show) == 2 and main([*show[:3], "f" * 16, "--vae", str(world / "vae")]) == 4
+    assert "no sample ffffffffffffffff among 13" in capfd.readouterr().err
 
 
 def test_if_no_clip_can_be_encoded_the_job_fails_and_names_them(world: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from caches import C, D, info, samples, write
 
+from sorahpc.cli import main
 from sorahpc.data import maintenance as module
 from sorahpc.data.cache import INDEX, INFO, build_index, pin_info, plan_shards
 from sorahpc.data.latents import LatentCache
@@ -247,3 +248,41 @@ def test_on_disk_a_sample_takes_at_most_one_percent_more_than_its_latent_and_unp
     writer.commit()
     build_index(tmp_path, [writer.name])
     assert 1 < stats(tmp_path, read=1)["disk_ratio"] <= 1.01
+
+
+def test_the_command_line_tells_faults_a_line_each_and_as_json_and_ends_with_4(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = write(tmp_path / "a")
+    path = str(tmp_path / "a")
+
+    def run(*argv: str) -> tuple[int, str]:
+        code = main(["cache", *argv])
+        said = capsys.readouterr()
+        return code, said.out + said.err
+
+    assert run("verify", path)[0] == 0 and json.loads(run("verify", path, "--json")[1])["ok"] is True
+    code, text = run("ls", path)
+    assert code == 0 and len(text.splitlines()) == 11 and rows[3][0] in text and rows[3][3] in text
+    assert len(json.loads(run("ls", path, "--json")[1])) == 10
+    assert "std 1 to 1 over the channels" in run("stats", path)[1]
+    assert json.loads(run("stats", path, "--json", "--read", "2")[1])["normalised"]["samples"] == 2
+    part_of(tmp_path, slice(10, 12), "b")
+    code, text = run("merge", str(tmp_path / "c"), path, str(tmp_path / "b"))
+    assert code == 0 and "12 samples in 4 shards: 4 linked, 0 copied" in text
+    assert run("merge", str(tmp_path / "c"), path, str(tmp_path / "b"))[0] == 4
+
+    shard = LatentCache(tmp_path / "a")._index.shards[0]
+    data = bytearray((tmp_path / "a" / shard).read_bytes())
+    data[len(data) // 3] ^= 1
+    (tmp_path / "a" / shard).unlink()  # linked in c: what damages one name damages both
+    (tmp_path / "a" / shard).write_bytes(data)
+    code, text = run("verify", path)
+    assert code == 4 and f"{path}/{shard}: damaged: crc32 of the file" in text and "cache repair" in text
+    code, text = run("verify", path, "--json")
+    assert code == 4 and shard in {fault["file"] for fault in json.loads(text)["faults"]}
+    code, text = run("repair", path)
+    assert code == 0 and f"{path}/{shard}: damaged; renamed damaged-{shard}" in text and "run `sorahpc encode`" in text
+    assert run("verify", path)[0] == 0 and run("verify", str(tmp_path / "c"))[0] == 0
+    assert json.loads(run("repair", path, "--json")[1])["set_aside"] == {}
+    assert run("verify", str(tmp_path / "nowhere"))[0] == 4
