@@ -167,7 +167,7 @@ class BuildExt(build_ext):
             }
             extension.define_macros = [(f"SORAHPC_{name}", f'"{value}"') for name, value in strings.items()]
         if info and not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
-            # Only build info is lost, the kernels need no Python: a machine with no more than a compiler still works.
+            # The kernels need no Python: a machine with no more than a compiler still works, its cache read by Python.
             print(
                 "sorahpc: Python.h not found (Debian: apt install python3-dev): building without sorahpc._C", flush=True
             )
@@ -254,7 +254,7 @@ if not native:
 setup(
     ext_modules=[
         Extension("sorahpc._ops", op_sources, depends=others, py_limited_api=True),
-        Extension("sorahpc._C", ["csrc/module.cpp"], optional=False),
+        Extension("sorahpc._C", ["csrc/module.cpp"], depends=["csrc/reader.h"], optional=False),
     ]
     if native
     else [],

@@ -21,6 +21,8 @@ def info(dtype: str = "float16") -> dict:
         "dtype": dtype,
         "channels": C,
         "text_dim": D,
+        "stride": [4, 8, 8],
+        "patch_hw": [1, 1],
         "clip": {"fps": 8.0, "max_frames": 17},
     }
 

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from caches import C, D, info, write
 
+from sorahpc.data import cache as module
 from sorahpc.data.cache import INDEX, INFO, build_index, check_info, pin_info, plan_shards, read_info
 from sorahpc.data.latents import LatentCache
 from sorahpc.data.shards import ShardWriter
@@ -45,7 +46,10 @@ def test_hostile_values_in_the_index_are_refused_by_name(tmp_path: Path, column:
     table = pq.read_table(tmp_path / INDEX)
     rows = table.to_pylist()
     rows[2][column] = value
-    pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), tmp_path / INDEX)
+    hostile = pa.Table.from_pylist(rows, schema=table.schema)
+    meta = json.loads(table.schema.metadata[module._META])
+    meta["sha256"] = module._digest(hostile, {k: v for k, v in meta.items() if k != "sha256"})  # as they could, too
+    pq.write_table(hostile.replace_schema_metadata({module._META: json.dumps(meta)}), tmp_path / INDEX)
     with pytest.raises(DataError, match=f"{INDEX}: .*{word}"):
         LatentCache(tmp_path)
 
@@ -97,7 +101,7 @@ def test_of_many_workers_that_pin_at_once_one_wins_and_the_others_agree_or_are_r
     assert [p.name for p in tmp_path.iterdir()] == [INFO]
 
 
-@pytest.mark.parametrize("text", ["[]", "{", '{"version": 2}', "", "[" * 100_000])
+@pytest.mark.parametrize("text", ["[]", "{", '{"version": 1}', "", "[" * 100_000])
 def test_a_broken_cache_json_is_one_line(tmp_path: Path, text: str) -> None:
     (tmp_path / INFO).write_text(text)
     with pytest.raises(DataError, match=INFO) as caught:

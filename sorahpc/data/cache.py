@@ -1,9 +1,10 @@
-"""The latent cache, version 1: what `encode` writes once and `train` reads at random, millions of times.
+"""The latent cache, version 2: what `encode` writes once and `train` reads at random, millions of times.
 
     cache.json            what made it: VAE, text encoder, dtype, clip settings; created once, by the first worker
     shard-<16 hex>.h5     immutable HDF5; one writer each (shards.py)
     empty_text.h5         the empty caption's embedding, for classifier-free guidance
-    index.parquet         a row a sample: where its bytes lie, their crc32, caption; statistics of the latents
+    index.parquet         a row a sample: where its bytes lie, their crc32, caption; statistics of the latents;
+                          a copy of cache.json; a sha256 of it all
     rejected.json         clips that could not be encoded, with their reasons
 
 A shard's name is a hash of its clips' keys, so the plan of a cache is a pure function of the manifest, for any number
@@ -35,14 +36,15 @@ import pyarrow.parquet as pq
 import torch
 
 from sorahpc.data.manifest import REJECTED, shown
-from sorahpc.data.shards import KEY, MAX_SIDE, VERSION, read_shard
+from sorahpc.data.shards import KEY, MAX_SIDE, VERSION, Shard, read_shard
 from sorahpc.errors import DataError
 from sorahpc.runs import atomic_write, fsync_dir, write_json
 
 INFO, INDEX = "cache.json", "index.parquet"
 MAX_INFO_BYTES = 1 << 20
-_SHARD = re.compile(r"shard-[0-9a-f]{16}\.h5")
+SHARD = re.compile(r"shard-[0-9a-f]{16}\.h5")
 _META = b"sorahpc.cache"
+_ANEW = "run `sorahpc cache repair`, or delete it and run `sorahpc encode` again"
 
 _SCHEMA = pa.schema(
     [
@@ -98,6 +100,26 @@ def read_info(folder: Path) -> dict[str, Any]:
         found = info.get("version") if isinstance(info, dict) else type(info).__name__
         raise DataError(f"{shown(path)}: field `version`: expected {VERSION}, found {found!r}; encode again")
     return info
+
+
+def check_kinds(folder: Path, info: dict[str, Any]) -> tuple[int, int, str]:
+    """channels, text_dim and dtype of cache.json: what its bytes can't be read without.
+
+    Raises:
+        DataError: one is missing, or not what it must be.
+    """
+    for name, kind in (("channels", int), ("text_dim", int), ("dtype", str)):
+        if type(info.get(name)) is not kind or (kind is int and not 1 <= info[name] <= MAX_SIDE):
+            raise DataError(
+                f"{shown(folder / INFO)}: field `{name}`: expected {kind.__name__}, found {info.get(name)!r}; "
+                "see `sorahpc cache repair`"
+            )
+    if info["dtype"] not in ("float16", "bfloat16"):
+        raise DataError(
+            f"{shown(folder / INFO)}: field `dtype`: expected float16 or bfloat16, found {info['dtype']!r}; "
+            "see `sorahpc cache repair`"
+        )
+    return info["channels"], info["text_dim"], info["dtype"]
 
 
 def check_info(path: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:
@@ -181,37 +203,64 @@ def build_index(folder: Path, shards: Sequence[str]) -> Summary | None:
         DataError: a shard is damaged, or a key comes twice.
     """
     # A listing, not a look-up of each name: on NFS a name that was missing a moment ago is remembered as missing.
-    there = {name for name in os.listdir(folder) if _SHARD.fullmatch(name)}
+    there = {name for name in os.listdir(folder) if SHARD.fullmatch(name)}
     if not set(shards) <= there:
         return None
     info = read_info(folder)
-    channels, dim, dtype = info["channels"], info["text_dim"], info["dtype"]
+    kinds = check_kinds(folder, info)
+    made = assemble(folder, {name: read_shard(folder / name, *kinds) for name in shards})
+    buffer = io.BytesIO()
+    pq.write_table(made.table, buffer, compression="zstd")
+    data = buffer.getvalue()
+    if not (folder / INDEX).exists() or (folder / INDEX).read_bytes() != data:
+        write_json(folder / REJECTED, made.rejected)
+        atomic_write(folder / INDEX, data)
+    return Summary(made.table.num_rows, made.rejected, len(there - set(shards)))
+
+
+@dataclass(frozen=True)
+class Assembled:
+    table: pa.Table  # with `meta` and its sha256 in its own metadata
+    meta: dict[str, Any]  # as of `load_index`
+    rejected: list[dict[str, str]]
+
+
+def assemble(folder: Path, shards: dict[str, Shard]) -> Assembled:
+    """What index.parquet and rejected.json hold, from resolved shards in the order of the plan.
+
+    Raises:
+        DataError: a key comes twice.
+    """
     rows: list[dict[str, Any]] = []
     rejected: list[dict[str, str]] = []
-    sizes: dict[str, int] = {}
-    total, squares, count = np.zeros(channels), np.zeros(channels), 0
-    for name in shards:
-        shard = read_shard(folder / name, channels, dim, dtype)
+    total, squares, count = np.zeros(1), np.zeros(1), 0
+    owner: dict[str, str] = {}
+    for name, shard in shards.items():
+        for row in shard.rows:
+            if row["key"] in owner:
+                raise DataError(
+                    f"{shown(folder)}: sample {row['key']} is in {owner[row['key']]} and in {name}, expected in one; "
+                    "move one of them away and run `sorahpc encode` again"
+                )
+            owner[row["key"]] = name
         rows += [{**row, "shard": name} for row in shard.rows]
         rejected += shard.rejected
         total, squares, count = total + shard.sum, squares + shard.sumsq, count + shard.count
-        sizes[name] = (folder / name).stat().st_size
-    if len({row["key"] for row in rows}) != len(rows):
-        raise DataError(f"{shown(folder)}: a key is in two shards; delete the folder and run `sorahpc encode` again")
     mean = total / max(count, 1)
     std = np.sqrt(np.maximum(squares / max(count, 1) - mean**2, 0))
     # A channel that never varies carries nothing; dividing its zeros by 1 keeps them zeros.
     std = np.where(std > 1e-6, std, 1.0)
-    meta = {"version": VERSION, "mean": mean.tolist(), "std": std.tolist(), "count": count, "shards": sizes}
+    meta = {
+        "version": VERSION,
+        "mean": mean.tolist(),
+        "std": std.tolist(),
+        "count": count,
+        "shards": {name: (folder / name).stat().st_size for name in shards},
+        "info": (folder / INFO).read_bytes().decode(),  # so that a damaged one is found, and can be put back
+    }
     table = pa.table({n: [r[n] for r in rows] for n in _SCHEMA.names}, schema=_SCHEMA)
-    table = table.replace_schema_metadata({_META: json.dumps(meta).encode()})
-    buffer = io.BytesIO()
-    pq.write_table(table, buffer, compression="zstd")
-    data = buffer.getvalue()
-    if not (folder / INDEX).exists() or (folder / INDEX).read_bytes() != data:
-        write_json(folder / REJECTED, rejected)
-        atomic_write(folder / INDEX, data)
-    return Summary(len(rows), rejected, len(there - set(shards)))
+    signed = json.dumps({**meta, "sha256": _digest(table, meta)})
+    return Assembled(table.replace_schema_metadata({_META: signed.encode()}), meta, rejected)
 
 
 @dataclass(frozen=True)
@@ -241,11 +290,22 @@ class Index:
     std: torch.Tensor
 
 
-def read_index(folder: Path, channels: int, text_dim: int) -> Index:
-    """Read index.parquet, trusting none of its values: each sample's bytes lie inside a shard that is there.
+def _digest(table: pa.Table, meta: dict[str, Any]) -> str:
+    """sha256 of an index's values, in hex, whatever version of Parquet they lie in."""
+    digest = hashlib.sha256(json.dumps(meta, sort_keys=True).encode())
+    for name in _SCHEMA.names:
+        column = table.column(name)
+        text = pa.types.is_string(column.type)
+        digest.update(json.dumps(column.to_pylist()).encode() if text else column.to_numpy().tobytes())
+    return digest.hexdigest()
+
+
+def load_index(folder: Path) -> tuple[pa.Table, dict[str, Any]]:
+    """The rows of index.parquet and what it says of the whole (version, mean, std, count, shards: bytes by name in the
+    order of the plan, info: the text of cache.json), as `build_index` wrote them: held against their sha256.
 
     Raises:
-        DataError: there is none, a value is out of its bounds, or a shard is missing or of another size.
+        DataError: there is none, or it is damaged.
     """
     path = folder / INDEX
     name = shown(path)
@@ -254,20 +314,41 @@ def read_index(folder: Path, channels: int, text_dim: int) -> Index:
     try:
         table = pq.ParquetFile(pa.BufferReader(path.read_bytes())).read(use_threads=False)  # as in manifest.py
         meta = json.loads((table.schema.metadata or {}).get(_META, b"{}"))
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError, MemoryError, pa.ArrowException) as error:
         first = (str(error).splitlines() or ["unreadable"])[0]
-        raise DataError(f"{name}: damaged: {first}; delete it and run `sorahpc encode` again") from None
+        raise DataError(f"{name}: damaged: {first}; {_ANEW}") from None
+    if not table.schema.equals(_SCHEMA):
+        raise DataError(f"{name}: columns {_SCHEMA.names} expected, found {table.schema.names}; {_ANEW}")
+    if any(column.null_count for column in table.columns):
+        raise DataError(f"{name}: a value is missing; {_ANEW}")
+    if not isinstance(meta, dict) or meta.get("version") != VERSION:
+        raise DataError(f"{name}: version {VERSION} expected; {_ANEW}")
+    expected = meta.pop("sha256", None)
+    try:
+        found = _digest(table, meta)
+    except (ValueError, pa.ArrowException) as error:  # text that is not UTF-8
+        raise DataError(f"{name}: damaged: {(str(error).splitlines() or ['text'])[0]}; {_ANEW}") from None
+    if expected != found:
+        raise DataError(f"{name}: damaged: sha256 of its values {expected} expected, found {found}; {_ANEW}")
+    return table, meta
+
+
+def read_index(folder: Path, channels: int, text_dim: int) -> Index:
+    """Read index.parquet, trusting none of its values: each sample's bytes lie inside a shard that is there.
+
+    Raises:
+        DataError: there is none, a value is out of its bounds, or a shard is missing or of another size.
+    """
+    name = shown(folder / INDEX)
+    table, meta = load_index(folder)
 
     def need(condition: Any, what: str) -> None:
         if not condition:
-            raise DataError(f"{name}: {what}; delete it and run `sorahpc encode` again")
+            raise DataError(f"{name}: {what}; {_ANEW}")
 
-    need(table.schema.equals(_SCHEMA), f"columns {_SCHEMA.names} expected, found {table.schema.names}")
-    need(not any(column.null_count for column in table.columns), "a value is missing")
-    need(isinstance(meta, dict) and meta.get("version") == VERSION, f"version {VERSION} expected")
     need(isinstance(meta.get("shards"), dict), "no list of shards")
     shards = sorted(meta["shards"])
-    need(all(_SHARD.fullmatch(s) for s in shards), "a shard's name is not shard-<16 hex>.h5")
+    need(all(SHARD.fullmatch(s) for s in shards), "a shard's name is not shard-<16 hex>.h5")
     sizes = np.empty(len(shards), np.int64)
     for k, shard in enumerate(shards):
         try:
@@ -299,11 +380,11 @@ def read_index(folder: Path, channels: int, text_dim: int) -> Index:
     need((latent_offset >= 0).all() and (ends <= sizes[shard_of]).all(), "a latent ends after its shard")
     need((text_lens >= 1).all() and (text_offset >= 0).all(), "text: length or offset out of range")
     need((text_ends <= sizes[shard_of]).all(), "a text embedding ends after its shard")
-    stats = [meta.get(n) for n in ("mean", "std")]
-    for values in stats:
+    for stat in ("mean", "std"):
+        values = meta.get(stat)
         fits = isinstance(values, list) and len(values) == channels
-        need(fits and all(isinstance(v, float) and math.isfinite(v) for v in values), "statistics: a float a channel")
-    mean, std = (torch.tensor(values, dtype=torch.float32) for values in stats)
+        need(fits and all(isinstance(v, float) and math.isfinite(v) for v in values or []), "statistics: a float each")
+    mean, std = (torch.tensor(meta[n], dtype=torch.float32) for n in ("mean", "std"))
     need(bool((std > 0).all()), "statistics: std must be above 0")
     return Index(
         shards=shards,

@@ -325,27 +325,31 @@ def build_pack(
     """
     assert config.model is not None and config.train is not None
     train, patch = config.train, config.model.patch
-    mean, std = mean.view(-1, 1, 1, 1), std.view(-1, 1, 1, 1)
+    mean, std = (v.to(device).view(-1, 1, 1, 1) for v in (mean, std))
     latents, ts, ids, grids, texts = [], [], [], [], []
-    for index, visit in samples:
-        latent, text = cache.read(index)
+    indices = [index for index, _ in samples]
+    # To a GPU from pinned memory, and as stored: two bytes a value, which become float32 there.
+    buffer = torch.empty(cache.nbytes(indices), dtype=torch.uint8, pin_memory=device.type == "cuda")
+    pairs = cache.read_bits(indices, buffer)
+    for (index, visit), (latent, text) in zip(samples, pairs, strict=True):
+        latent, text = (x.to(device, non_blocking=True).float() for x in (latent, text))
         sample_id = int(cache.ids[index])
         draw = flow.draw(train.seed, sample_id, visit, train)
         latents.append(((latent - mean) / std).flatten())
         ts.append(draw.t)
         ids.append([sample_id, visit])
         grids.append([size // p for size, p in zip(latent.shape[1:], patch, strict=True)])
-        texts.append(cache.empty_text if draw.drop_text else text)
+        texts.append(cache.empty_text.to(device) if draw.drop_text else text)
     grid, t = torch.tensor(grids, dtype=torch.int64).view(-1, 3), torch.tensor(ts, dtype=torch.float32)
     tokens, target = ops.flow_patchify(
-        torch.cat(latents).to(device), t, torch.tensor(ids).view(-1, 2), grid, cache.channels, patch, seed=train.seed
+        torch.cat(latents), t, torch.tensor(ids).view(-1, 2), grid, cache.channels, patch, seed=train.seed
     )
     return PackBatch(
         tokens=tokens,
         target=target,
         t=t.to(device),
         grids=grid,
-        text=torch.cat(texts).to(device),
+        text=torch.cat(texts),
         text_lens=[len(text) for text in texts],
     )
 

@@ -115,15 +115,21 @@ def chosen(name: str) -> AbstractContextManager[None]:
     return use_reference() if name == "reference" else nullcontext()
 
 
-def build_info() -> dict[str, str] | None:
-    """How the native parts were built (version, compiler, flags, torch, CUDA); None where ``sorahpc._C`` is not."""
+def native() -> Any:
+    """The module ``sorahpc._C``, or None where it is not built."""
     try:
-        import sorahpc._C as native
+        import sorahpc._C as module
     except ModuleNotFoundError as error:
         if error.name != "sorahpc._C":
             raise
         return None
-    return dict(native.build_info())
+    return module
+
+
+def build_info() -> dict[str, str] | None:
+    """How the native parts were built (version, compiler, flags, torch, CUDA); None where ``sorahpc._C`` is not."""
+    module = native()
+    return None if module is None else dict(module.build_info())
 
 
 def backend() -> dict[str, Any]:

@@ -1,0 +1,505 @@
+"""Looking after a latent cache: is every byte of it whole, what is in it, joining several, setting damage aside.
+
+Nothing here deletes or changes a shard. A damaged one is renamed, out of the way of `encode`, which then makes it anew.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import shutil
+import socket
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from sorahpc.data.cache import (
+    INDEX,
+    INFO,
+    SHARD,
+    assemble,
+    build_index,
+    check_info,
+    check_kinds,
+    load_index,
+    pin_info,
+    read_index,
+    read_info,
+)
+from sorahpc.data.latents import LatentCache
+from sorahpc.data.manifest import REJECTED, shown
+from sorahpc.data.shards import (
+    EMPTY_TEXT,
+    Shard,
+    check_seal,
+    crc32,
+    read_empty_text,
+    read_shard,
+    remove_stale_parts,
+)
+from sorahpc.errors import ConfigError, DataError
+from sorahpc.runs import atomic_write, fsync_dir, write_json
+
+SHARDS_AT_ONCE = 4  # each is read as a stream; a file system with latency wants several
+READ_AT_ONCE_BYTES = 64 << 20
+Result = TypeVar("Result")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# verify
+
+
+@dataclass(frozen=True)
+class Fault:
+    file: str  # its name in the cache folder
+    key: str  # of the sample that it hits; "" where it hits the file
+    what: str  # one line, with what was expected and found
+
+    def __str__(self) -> str:
+        return f"{self.file}: {f'sample {self.key}: ' if self.key else ''}{self.what}"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `verify` has found. `samples` and `shards` are those of the index, or of the folder if it has none."""
+
+    samples: int
+    shards: int
+    nbytes: int
+    unlisted: list[str]  # shards that the index leaves out: no fault
+    parts: list[str]  # of writers, at work or killed: no fault
+    faults: list[Fault]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"ok": not self.faults, **asdict(self)}
+
+
+def verify(folder: Path) -> Report:
+    """Read all of a cache and hold each file against its own sums and against the others.
+
+    cache.json against the index's copy of it; the index against its sha256 and against what the shards themselves give;
+    of each shard the seal over all of its bytes, the structure through HDF5 and the crc32 of each sample; the empty
+    caption's text; the list of rejected clips.
+
+    Raises:
+        DataError: there is no such folder, or nothing of a cache in it. OSError: it can't be listed.
+    """
+    if not folder.is_dir():
+        raise DataError(f"{shown(folder)}: no such folder; expected that of a latent cache")
+    listed = sorted(os.listdir(folder))
+    there = [name for name in listed if SHARD.fullmatch(name)]
+    if not there and INFO not in listed and INDEX not in listed:
+        raise DataError(f"{shown(folder)}: no latent cache here ({INFO} is missing); run `sorahpc encode`")
+    faults: list[Fault] = []
+
+    def attempt(file: str, read: Callable[[], Result]) -> Result | None:
+        try:
+            return read()
+        except (DataError, OSError) as error:
+            faults.append(Fault(file, "", _plain(error, folder / file)))
+            return None
+
+    info = attempt(INFO, lambda: read_info(folder))
+    index = attempt(INDEX, lambda: load_index(folder))
+    names, rows_of = there, dict[str, list[dict[str, Any]]]()
+    if index is not None:
+        table, meta = index
+        names = list(meta["shards"])
+        if info is not None and (folder / INFO).read_bytes() != meta["info"].encode():
+            faults.append(Fault(INFO, "", "is not the one that the index was built with; expected the copy in there"))
+        info = json.loads(meta["info"])
+        for row in table.to_pylist():
+            rows_of.setdefault(row["shard"], []).append(row)
+    kinds = None if info is None else attempt(INFO, lambda: check_kinds(folder, info))
+    shards: dict[str, Shard] = {}
+    with ThreadPoolExecutor(SHARDS_AT_ONCE) as pool:
+        checked = pool.map(lambda name: _check_shard(folder / name, kinds, rows_of.get(name, [])), names)
+        for name, (shard, found) in zip(names, checked, strict=True):
+            faults += found
+            if shard is not None:
+                shards[name] = shard
+    if kinds is not None:
+        attempt(EMPTY_TEXT, lambda: read_empty_text(folder, kinds[1], kinds[2]))
+    if (
+        index is not None
+        and kinds is not None
+        and len(shards) == len(names)
+        and not any(f.file == INFO for f in faults)
+    ):
+        faults += _against_shards(folder, *index, shards, kinds)
+    sizes = [(folder / name).stat().st_size for name in {*names, INFO, INDEX, EMPTY_TEXT} if name in listed]
+    return Report(
+        samples=sum(len(shard.rows) for shard in shards.values()) if index is None else index[0].num_rows,
+        shards=len(names),
+        nbytes=sum(sizes),
+        unlisted=sorted(set(there) - set(names)),
+        parts=[name for name in listed if name.endswith((".part", ".tmp"))],
+        faults=faults,
+    )
+
+
+def _plain(error: Exception, path: Path) -> str:
+    """An error's line without the path that it begins with."""
+    text = f"can't be read: {error.strerror}" if isinstance(error, OSError) else str(error).replace("\n", "; ")
+    return text.removeprefix(f"{shown(path)}: ")
+
+
+def _check_shard(
+    path: Path, kinds: tuple[int, int, str] | None, rows: list[dict[str, Any]]
+) -> tuple[Shard | None, list[Fault]]:
+    """Read a shard, all of it. Returns it resolved if nothing is wrong with it, and its faults."""
+    faults = []
+    shard = None
+    try:
+        check_seal(path)
+    except FileNotFoundError:
+        return None, [Fault(path.name, "", "missing; run `sorahpc encode` to make it")]
+    except (DataError, OSError) as error:
+        faults.append(Fault(path.name, "", _plain(error, path)))
+    if kinds is None:
+        return None, faults
+    try:
+        shard = read_shard(path, *kinds)
+    except DataError as error:
+        faults.append(Fault(path.name, "", _plain(error, path)))
+    # Where the shard itself is whole its own table counts, and an index that says else is the one at fault.
+    believed = rows if shard is None or (faults and rows) else shard.rows
+    try:
+        with open(path, "rb") as file:
+            for row in believed:
+                faults += _check_sample(file, path.name, row, kinds[1])
+    except OSError as error:
+        faults.append(Fault(path.name, "", _plain(error, path)))
+    return (None if faults else shard), faults
+
+
+def _check_sample(file: Any, name: str, row: dict[str, Any], text_dim: int) -> list[Fault]:
+    pieces = (
+        ("latent", row["latent_offset"], 2 * math.prod(_shape(row)), row["latent_crc32"]),
+        ("text", row["text_offset"], 2 * row["text_len"] * text_dim, row["text_crc32"]),
+    )
+    size = os.fstat(file.fileno()).st_size
+    faults = []
+    for what, offset, nbytes, crc in pieces:
+        if not 0 <= offset <= offset + nbytes <= size:
+            faults.append(Fault(name, row["key"], f"its {what} ends after the file: {nbytes} bytes at {offset}"))
+            continue
+        file.seek(offset)
+        found = crc32(file.read(nbytes))
+        if found != crc:
+            faults.append(
+                Fault(name, row["key"], f"its {what} is damaged: crc32 {crc:08x} expected, found {found:08x}")
+            )
+    return faults
+
+
+def _shape(row: dict[str, Any]) -> tuple[int, int, int, int]:
+    return row["channels"], row["frames"], row["height"], row["width"]
+
+
+def _against_shards(
+    folder: Path, table: Any, meta: dict[str, Any], shards: dict[str, Shard], kinds: tuple[int, int, str]
+) -> list[Fault]:
+    """Index and list of rejected clips against whole shards."""
+    anew = assemble(folder, shards)
+    faults = []
+    for row, expected in zip(table.to_pylist(), anew.table.to_pylist(), strict=False):
+        wrong = [f"{k} {expected[k]!r} expected, found {row[k]!r}" for k in expected if row[k] != expected[k]]
+        if wrong:
+            faults.append(Fault(INDEX, row["key"], f"not what its shard says: {', '.join(wrong)}"))
+    if table.num_rows != anew.table.num_rows:
+        faults.append(Fault(INDEX, "", f"{anew.table.num_rows} samples in its shards, {table.num_rows} in the index"))
+    for name in ("mean", "std", "count"):
+        if meta[name] != anew.meta[name]:
+            faults.append(Fault(INDEX, "", f"statistics: {name} {anew.meta[name]} by the shards, found {meta[name]}"))
+    if not faults:
+        try:
+            read_index(folder, kinds[0], kinds[1])
+        except DataError as error:
+            faults.append(Fault(INDEX, "", _plain(error, folder / INDEX)))
+    try:
+        rejected = json.loads((folder / REJECTED).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        faults.append(Fault(REJECTED, "", f"can't be read: {getattr(error, 'strerror', None) or 'not JSON'}"))
+    else:
+        if rejected != anew.rejected:
+            faults.append(Fault(REJECTED, "", "is not the list that the shards hold"))
+    return faults
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# repair
+
+
+def repair(folder: Path) -> dict[str, Any]:
+    """Set damaged shards aside, put cache.json back from the index, remove what killed writers left, and build the
+    index from the shards that are whole.
+
+    Returns:
+        before: the report of `verify`; set_aside: {old name: new name}; missing: shards that the index wanted;
+        restored: whether cache.json was; removed: `.part` files; samples: in the new index, None if no shard is whole.
+
+    Raises:
+        DataError: as `verify`; cache.json is damaged and so is the index's copy; or shards overlap, so that only
+        `encode` knows which of them count.
+    """
+    before = verify(folder)
+    removed = remove_stale_parts(folder)
+    bad = {fault.file for fault in before.faults}
+    meta = None if INDEX in bad and not _loads(folder) else load_index(folder)[1]
+    if restored := INFO in bad:
+        if meta is None:
+            raise DataError(
+                f"{shown(folder / INFO)}: damaged, and {INDEX} with its copy of it too; nothing was changed: put "
+                f"{INFO} back from a backup, or encode into another folder"
+            )
+        _rename_aside(folder, INFO)
+        atomic_write(folder / INFO, meta["info"])
+    names = [name for name in os.listdir(folder) if SHARD.fullmatch(name)] if meta is None else list(meta["shards"])
+    names = sorted(names) if meta is None else names
+    there = [name for name in names if (folder / name).exists()]
+    aside = {
+        name: _rename_aside(folder, name) for name in [*there, EMPTY_TEXT] if name in bad and (folder / name).exists()
+    }
+    whole = [name for name in there if name not in aside]
+    summary = build_index(folder, whole) if whole else None
+    if summary is not None:
+        write_json(folder / REJECTED, summary.rejected)
+    return {
+        "before": before.to_json(),
+        "set_aside": aside,
+        "missing": [name for name in names if name not in there],
+        "restored": restored,
+        "removed": removed,
+        "samples": None if summary is None else summary.samples,
+    }
+
+
+def _loads(folder: Path) -> bool:
+    try:
+        load_index(folder)
+    except DataError:
+        return False
+    return True
+
+
+def _rename_aside(folder: Path, name: str) -> str:
+    """Rename a file to damaged-<name>, or with the first number that is free. Returns the new name."""
+    for k in range(1_000_000):
+        new = f"damaged-{name}" + (f".{k}" if k else "")
+        if not (folder / new).exists():
+            os.rename(folder / name, folder / new)
+            fsync_dir(folder)
+            return new
+    raise DataError(f"{shown(folder)}: a million files named damaged-{name}*; remove some")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# merge
+
+
+def merge(out: Path, sources: Sequence[Path]) -> dict[str, Any]:
+    """Join finished caches of the same cache.json into one. Shards are hard-linked, or copied to another file system.
+
+    A shard that two caches share (its name is a hash of its clips) is taken once. Killed, it goes on when run again.
+
+    Returns:
+        samples, shards: of the new cache; linked, copied, shared: numbers of shards.
+
+    Raises:
+        DataError: a field of cache.json differs; a cache isn't finished; a key is in two different shards; `out` is a
+            finished cache already; or the disk is full.
+    """
+    if len(sources) < 2:
+        raise ConfigError(f"cache merge: expected two caches or more, found {len(sources)}")
+    if (out / INDEX).exists():
+        raise DataError(f"{shown(out)}: holds a finished cache; expected a new folder")
+    infos = [read_info(source) for source in sources]
+    for source, info in zip(sources[1:], infos[1:], strict=True):
+        check_info(source / INFO, info, infos[0])
+        check_info(sources[0] / INFO, infos[0], info)
+    caches = [LatentCache(source) for source in sources]
+    owner: dict[str, tuple[str, Path]] = {}
+    for source, cache in zip(sources, caches, strict=True):
+        for key, k in zip(cache.keys, cache._index.shard_of, strict=True):
+            shard = cache._index.shards[k]
+            first = owner.setdefault(key, (shard, source))
+            if first[0] != shard:
+                raise DataError(
+                    f"{shown(source / shard)}: sample {key} is also in {shown(first[1] / first[0])}, expected in one "
+                    "of the caches; take the clip out of one manifest and encode that one again"
+                )
+    count: Counter[str] = Counter()
+    names: dict[str, None] = {}
+    try:
+        pin_info(out, {k: v for k, v in infos[0].items() if k != "version"})
+        for source in sources:
+            for name in load_index(source)[1]["shards"]:
+                if name in names:
+                    count["shared"] += 1
+                else:
+                    count[_link_or_copy(source / name, out / name)] += 1
+                names[name] = None
+        _link_or_copy(sources[0] / EMPTY_TEXT, out / EMPTY_TEXT)
+        fsync_dir(out)
+        summary = build_index(out, list(names))
+    except OSError as error:
+        raise DataError(f"{shown(out)}: can't be written: {error.strerror or error}; see to it and run again") from None
+    assert summary is not None
+    return {"samples": summary.samples, "shards": len(names), **{k: count[k] for k in ("linked", "copied", "shared")}}
+
+
+def _link_or_copy(source: Path, target: Path) -> str:
+    if target.exists():
+        if not target.samefile(source):
+            check_seal(target)  # of an earlier run of this merge
+        return "linked" if target.samefile(source) else "copied"
+    try:
+        os.link(source, target)
+        return "linked"
+    except OSError as error:
+        # Another file system; one without hard links; a file of somebody else's, or that has links enough.
+        if error.errno not in (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS):
+            raise
+    aside = target.with_name(f".{target.name}.{socket.gethostname()}.{os.getpid()}.part")
+    try:
+        with open(source, "rb") as old, open(aside, "wb") as new:
+            shutil.copyfileobj(old, new, 1 << 20)
+            new.flush()
+            os.fsync(new.fileno())
+        check_seal(aside)
+        os.replace(aside, target)
+    finally:
+        aside.unlink(missing_ok=True)
+    return "copied"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# stats and ls
+
+
+def list_samples(folder: Path) -> list[dict[str, Any]]:
+    """A row a sample: key, shard, shape (C,T,H,W), frames (of the clip), duration_s, tokens, text_len, caption, source.
+
+    `tokens` is of patches of one latent frame and of `patch_hw` of cache.json; `frames` and `duration_s` are the
+    clip's, as it was encoded.
+
+    Raises:
+        DataError: no finished cache here.
+    """
+    cache = LatentCache(folder)
+    (stride_t, *_), (ph, pw) = (_ints(folder, cache.info, name, n) for name, n in (("stride", 3), ("patch_hw", 2)))
+    rows = []
+    for i, key in enumerate(cache.keys):
+        c, t, h, w = (int(v) for v in cache.shapes[i])
+        frames = (t - 1) * stride_t + 1
+        rows.append(
+            {
+                "key": key, "shard": cache._index.shards[cache._index.shard_of[i]], "shape": [c, t, h, w],
+                "frames": frames, "duration_s": frames / float(cache.fps[i]) if cache.fps[i] > 0 else 0.0,
+                "tokens": t * (h // ph) * (w // pw), "text_len": int(cache.text_lens[i]),
+                "caption": cache.captions[i], "source": cache.sources[i],
+            }
+        )  # fmt: skip
+    return rows
+
+
+def _ints(folder: Path, info: dict[str, Any], name: str, length: int) -> list[int]:
+    value = info.get(name)
+    if not (isinstance(value, list) and len(value) == length and all(type(v) is int and v >= 1 for v in value)):
+        raise DataError(f"{shown(folder / INFO)}: field `{name}`: expected {length} sizes, found {value!r}")
+    return value
+
+
+def stats(folder: Path, read: int) -> dict[str, Any]:
+    """How much there is, how it is distributed, what it takes on disk, and whether normalising makes it normal.
+
+    Args:
+        read: read this many samples, spread evenly over the cache, for their mean and std after normalising; all of
+            them if there are fewer. Of all samples they are 0 and 1 to rounding; of some, near that.
+
+    Returns:
+        samples, shards, bytes_on_disk (of shards), latent_bytes, text_bytes, disk_ratio (bytes on disk over latents
+        and unpadded text); of frames, duration_s, tokens, aspect and text_len: min, p10, median, mean, p90, max;
+        shapes: numbers by TxHxW; normalised: samples read, mean and std a channel.
+
+    Raises:
+        DataError: no finished cache here, or a sample that is read is damaged.
+    """
+    rows, cache = list_samples(folder), LatentCache(folder)
+    values = {name: [row[name] for row in rows] for name in ("frames", "duration_s", "tokens", "text_len")}
+    values["aspect"] = [row["shape"][3] / row["shape"][2] for row in rows]
+    latent = int(2 * cache.shapes.prod(axis=1).sum())
+    text = int(2 * cache.text_lens.sum() * cache.text_dim)
+    disk = sum((folder / name).stat().st_size for name in cache._index.shards)
+    shapes = Counter("x".join(map(str, row["shape"][1:])) for row in rows)
+    return {
+        "samples": len(rows),
+        "shards": len(cache._index.shards),
+        "bytes_on_disk": disk,
+        "latent_bytes": latent,
+        "text_bytes": text,
+        "disk_ratio": disk / (latent + text),
+        **{name: _distribution(v) for name, v in values.items()},
+        "shapes": dict(shapes.most_common()),
+        "normalised": _normalised(cache, min(read, len(cache))),
+    }
+
+
+def _distribution(values: list[float]) -> dict[str, float]:
+    low, p10, median, p90, high = np.quantile(np.array(values, np.float64), [0, 0.1, 0.5, 0.9, 1]).tolist()
+    return {"min": low, "p10": p10, "median": median, "mean": float(np.mean(values)), "p90": p90, "max": high}
+
+
+def _normalised(cache: LatentCache, count: int) -> dict[str, Any]:
+    total, squares, values = (torch.zeros(cache.channels, dtype=torch.float64) for _ in range(3))
+    mean, std = cache.mean[:, None], cache.std[:, None]
+    todo = [i * len(cache) // count for i in range(count)]
+    while todo:
+        batch = [todo.pop()]
+        while todo and cache.nbytes([*batch, todo[-1]]) <= READ_AT_ONCE_BYTES:
+            batch.append(todo.pop())
+        for latent, _ in cache.read_bits(batch, torch.empty(cache.nbytes(batch), dtype=torch.uint8)):
+            x = ((latent.flatten(1).float() - mean) / std).double()
+            total, squares, values = total + x.sum(1), squares + x.square().sum(1), values + x.shape[1]
+    m = total / values
+    return {"samples": count, "mean": m.tolist(), "std": (squares / values - m**2).clamp(min=0).sqrt().tolist()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# show
+
+
+def show(folder: Path, key: str, vae_path: Path, out: Path) -> dict[str, Any]:
+    """Decode a sample back to an mp4 file.
+
+    Args:
+        vae_path: folder of the autoencoder that the cache was made with; it decodes in the dtype that it encoded in.
+
+    Returns:
+        The sample's row of `list_samples`, and path.
+
+    Raises:
+        DataError: no such sample, or another autoencoder. ConfigError: no autoencoder there.
+    """
+    from sorahpc.data.mp4 import write_mp4
+    from sorahpc.models.vae import load_vae
+
+    cache = LatentCache(folder)
+    if key not in cache.keys:
+        raise DataError(f"{shown(folder)}: no sample {shown(key)} among {len(cache)}; see `sorahpc cache ls`")
+    i = cache.keys.index(key)
+    latent, _ = cache.read(i)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    vae = load_vae(vae_path, cache.info.get("vae_dtype", "float32"), device)
+    check_info(folder / INFO, cache.info, {"vae": {"id": vae.id, "weights_sha256": vae.weights_sha256}})
+    write_mp4(out, vae.decode(latent), float(cache.fps[i]))
+    return {**list_samples(folder)[i], "path": str(out.absolute())}

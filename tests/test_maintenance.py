@@ -1,0 +1,288 @@
+"""Looking after a cache: no damaged byte passes unseen, nothing good is lost, and what is told is so."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from caches import C, D, info, samples, write
+
+from sorahpc.cli import main
+from sorahpc.data import maintenance as module
+from sorahpc.data.cache import INDEX, INFO, build_index, pin_info, plan_shards
+from sorahpc.data.latents import LatentCache
+from sorahpc.data.maintenance import list_samples, merge, repair, stats, verify
+from sorahpc.data.shards import EMPTY_TEXT, ShardWriter, write_empty_text
+from sorahpc.errors import ConfigError, DataError
+
+CORRUPTIONS = 250
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if not p.name.startswith(".")}
+
+
+def everything(folder: Path) -> list[bytes]:
+    """All that a reader gets from a cache."""
+    cache = LatentCache(folder)
+    pairs = [x.numpy().tobytes() for i in range(len(cache)) for x in cache.read(i)]
+    rest = [cache.mean, cache.std, cache.empty_text]
+    words = json.dumps([cache.keys, cache.captions, cache.sources, cache.fps.tolist(), cache.shapes.tolist()])
+    return [*pairs, *(x.numpy().tobytes() for x in rest), words.encode()]
+
+
+def part_of(folder: Path, where: slice, name: str, per_shard: int = 4) -> Path:
+    """A finished cache of some of the samples."""
+    rows = samples(12)[where]
+    pin_info(folder / name, info())
+    write_empty_text(folder / name, torch.ones(1, D), "float16")
+    plan = plan_shards([r[0] for r in rows], per_shard)
+    for shard in plan:
+        writer = ShardWriter(folder / name, shard.name, "float16", C, D)
+        for i in shard.rows:
+            writer.add(*rows[i])
+        writer.commit()
+    build_index(folder / name, [s.name for s in plan])
+    return folder / name
+
+
+def test_a_whole_cache_has_no_fault(tmp_path: Path) -> None:
+    write(tmp_path)
+    report = verify(tmp_path)
+    assert report.faults == [] and (report.samples, report.shards) == (10, 3)
+    assert report.nbytes == sum(len(v) for k, v in content(tmp_path).items() if k != "rejected.json")
+    with pytest.raises(DataError, match="no latent cache here"):
+        verify(tmp_path.parent / "empty" if (tmp_path.parent / "empty").mkdir() is None else tmp_path)
+    with pytest.raises(DataError, match="no such folder"):
+        verify(tmp_path / "nowhere")
+
+
+def test_of_250_corruptions_none_is_read_in_silence(tmp_path: Path) -> None:
+    """Bits flipped and ends cut off, anywhere in the cache: verify names the file, or nothing that is read differs."""
+    write(tmp_path, count=8)
+    good, expected = content(tmp_path), everything(tmp_path)
+    files = [n for n in good if n.startswith("shard-")] * 3 + [INDEX, INDEX, INFO, EMPTY_TEXT, "rejected.json"]
+    rng = np.random.default_rng(0)
+    found = harmless = 0
+    for k in range(CORRUPTIONS):
+        name = files[int(rng.integers(len(files)))]
+        data = bytearray(good[name])
+        if k % 5 == 4:
+            del data[int(rng.integers(len(data))) :]
+        else:
+            data[int(rng.integers(len(data)))] ^= 1 << int(rng.integers(8))
+        (tmp_path / name).write_bytes(data)
+        faults = verify(tmp_path).faults
+        try:
+            same = everything(tmp_path) == expected
+        except DataError as error:
+            assert "\n" not in str(error)
+            assert faults, f"corruption {k} of {name}: refused by the reader, not found by verify"
+        else:
+            assert same, f"corruption {k} of {name}: read as something else"
+        if faults:
+            found += 1
+            assert {f.file for f in faults} == {name}, (k, name, faults)
+        else:
+            harmless += 1
+            assert name in (INDEX, "rejected.json"), (k, name)  # who wrote the Parquet, say; a line end
+        (tmp_path / name).write_bytes(good[name])
+    assert found + harmless == CORRUPTIONS and found > 0.9 * CORRUPTIONS
+    assert verify(tmp_path).faults == []
+
+
+def test_a_damaged_sample_is_named_and_a_byte_between_samples_is_found_too(tmp_path: Path) -> None:
+    rows = write(tmp_path, count=4)
+    (path,) = tmp_path.glob("shard-*.h5")
+    good = path.read_bytes()
+    offset = int(LatentCache(tmp_path)._index.latent_offset[2])
+    path.write_bytes(good[:offset] + bytes([good[offset] ^ 1]) + good[offset + 1 :])
+    faults = verify(tmp_path).faults
+    assert [f.key for f in faults] == ["", rows[2][0]]
+    assert "crc32 of the file" in faults[0].what and "its latent is damaged: crc32" in faults[1].what
+    at = len(good) - 200  # of the structure: no sample lies there
+    path.write_bytes(good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :])
+    assert "crc32 of the file" in verify(tmp_path).faults[0].what
+
+
+def test_missing_files_are_faults_and_files_that_are_not_of_the_index_are_none(tmp_path: Path) -> None:
+    write(tmp_path)
+    shard = sorted(tmp_path.glob("shard-*.h5"))[0]
+    shutil.copy(shard, tmp_path / ("shard-" + "f" * 16 + ".h5"))
+    (tmp_path / ".shard-x.h5.host.1.part").write_bytes(b"half")
+    report = verify(tmp_path)
+    assert report.faults == [] and report.unlisted == ["shard-" + "f" * 16 + ".h5"] and len(report.parts) == 1
+    shard.unlink()
+    assert [(f.file, f.what.split(";")[0]) for f in verify(tmp_path).faults] == [(shard.name, "missing")]
+
+
+def test_repair_sets_damage_aside_and_what_is_made_anew_gives_the_same_cache(tmp_path: Path) -> None:
+    rows = write(tmp_path, count=12, per_shard=3)
+    good = content(tmp_path)
+    names = [s.name for s in plan_shards([r[0] for r in rows], 3)]
+    data = bytearray(good[names[1]])
+    data[len(data) // 2] ^= 4
+    (tmp_path / names[1]).write_bytes(data)
+    (tmp_path / EMPTY_TEXT).write_bytes(good[EMPTY_TEXT][:-5])
+    (tmp_path / INFO).write_text('{"version": 2, "dtype": "bfloat16"}')
+    host = os.uname().nodename
+    (tmp_path / f".{names[0]}.{host}.4194303.part").write_bytes(b"half")  # of a process id beyond the largest
+    done = repair(tmp_path)
+    assert done["set_aside"] == {names[1]: f"damaged-{names[1]}", EMPTY_TEXT: f"damaged-{EMPTY_TEXT}"}
+    assert done["restored"] and done["samples"] == 9 and len(done["removed"]) == 1 and done["missing"] == []
+    assert (tmp_path / f"damaged-{names[1]}").read_bytes() == data
+    assert (tmp_path / INFO).read_bytes() == good[INFO]
+    write_empty_text(tmp_path, torch.ones(1, D), "float16")  # what encode does
+    assert verify(tmp_path).faults == []
+    assert LatentCache(tmp_path).keys == [r[0] for r in rows[:3] + rows[6:]]
+    writer = ShardWriter(tmp_path, names[1], "float16", C, D)
+    for row in rows[3:6]:
+        writer.add(*row)
+    writer.commit()
+    build_index(tmp_path, names)
+    assert {k: v for k, v in content(tmp_path).items() if not k.startswith("damaged-")} == good
+    before = content(tmp_path)
+    again = repair(tmp_path)
+    assert content(tmp_path) == before and again["set_aside"] == {} and again["samples"] == 12
+
+
+def test_repair_builds_a_lost_index_and_refuses_to_guess_a_lost_key(tmp_path: Path) -> None:
+    rows = write(tmp_path)
+    good = content(tmp_path)
+    (tmp_path / INDEX).write_bytes(good[INDEX][:-3])
+    (tmp_path / "rejected.json").unlink()
+    assert repair(tmp_path)["samples"] == 10
+    assert sorted(LatentCache(tmp_path).keys) == sorted(r[0] for r in rows) and verify(tmp_path).faults == []
+    (tmp_path / INDEX).unlink()
+    (tmp_path / INFO).write_bytes(b"{")
+    before = content(tmp_path)
+    with pytest.raises(DataError, match=f"{INFO}: damaged, and {INDEX} .*nothing was changed"):
+        repair(tmp_path)
+    assert content(tmp_path) == before
+
+
+def test_a_merge_is_the_cache_that_one_manifest_would_have_given(tmp_path: Path) -> None:
+    whole = part_of(tmp_path, slice(0, 12), "whole")
+    a, b = part_of(tmp_path, slice(0, 8), "a"), part_of(tmp_path, slice(4, 12), "b")
+    before = content(a), content(b)
+    done = merge(tmp_path / "out", [a, b])
+    assert done == {"samples": 12, "shards": 3, "linked": 3, "copied": 0, "shared": 1}
+    assert content(tmp_path / "out") == content(whole) and (content(a), content(b)) == before
+    assert verify(tmp_path / "out").faults == []
+    with pytest.raises(DataError, match="holds a finished cache"):
+        merge(tmp_path / "out", [a, b])
+    with pytest.raises(ConfigError, match="two caches or more, found 1"):
+        merge(tmp_path / "one", [a])
+
+
+def test_a_merge_without_hard_links_copies_and_goes_on_where_it_was_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, b = part_of(tmp_path, slice(0, 4), "a"), part_of(tmp_path, slice(4, 12), "b")
+    real, left = os.link, [10]
+
+    def link(source: Path, target: Path) -> None:
+        if target.suffix == ".h5":
+            raise OSError(18, "Invalid cross-device link")
+        real(source, target)
+
+    def killed(*_: object) -> None:
+        left[0] -= 9
+        if left[0] < 0:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module.os, "link", link)
+    monkeypatch.setattr(module.os, "fsync", killed)
+    with pytest.raises(DataError, match="No space left on device"):
+        merge(tmp_path / "out", [a, b])
+    assert not (tmp_path / "out" / INDEX).exists()
+    monkeypatch.setattr(module.os, "fsync", lambda _: None)
+    assert merge(tmp_path / "out", [a, b])["copied"] == 3
+    assert content(tmp_path / "out") == content(part_of(tmp_path, slice(0, 12), "whole"))
+    assert not [n for n in os.listdir(tmp_path / "out") if n.startswith(".")]
+
+
+def test_a_merge_refuses_another_key_by_field_and_a_sample_in_two_shards(tmp_path: Path) -> None:
+    a, b = part_of(tmp_path, slice(0, 4), "a"), part_of(tmp_path, slice(3, 8), "b")
+    with pytest.raises(DataError, match=f"sample {samples(4)[3][0]} is also in .*a/shard-"):
+        merge(tmp_path / "out", [a, b])
+    write(tmp_path / "c", dtype="bfloat16")
+    with pytest.raises(DataError, match=r'c/cache.json: field `dtype`: expected "float16", found "bfloat16"'):
+        merge(tmp_path / "out", [a, tmp_path / "c"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_stats_count_what_is_there_and_normalised_samples_have_mean_0_and_std_1(tmp_path: Path) -> None:
+    rows = write(tmp_path)
+    found = stats(tmp_path, read=100)
+    assert (found["samples"], found["shards"]) == (10, 3)
+    assert found["latent_bytes"] == sum(2 * r[1].numel() for r in rows)
+    assert found["text_bytes"] == sum(2 * r[2].numel() for r in rows)
+    assert found["shapes"]["3x8x8"] == 4 and sum(found["shapes"].values()) == 10
+    assert found["tokens"]["max"] == 5 * 10 * 6 and found["frames"]["min"] == 1 and found["frames"]["max"] == 17
+    assert found["duration_s"]["max"] == 17 / 8 and found["aspect"]["max"] == 10 / 6
+    assert found["normalised"]["samples"] == 10
+    np.testing.assert_allclose(found["normalised"]["mean"], 0, atol=1e-6)
+    np.testing.assert_allclose(found["normalised"]["std"], 1, atol=1e-6)
+    assert stats(tmp_path, read=3)["normalised"]["samples"] == 3
+    json.dumps(found, allow_nan=False)
+    listed = list_samples(tmp_path)
+    assert [r["key"] for r in listed] == [r[0] for r in rows]
+    assert listed[1]["shape"] == [C, 1, 6, 10] and listed[1]["tokens"] == 60 and listed[1]["caption"] == rows[1][3]
+
+
+def test_on_disk_a_sample_takes_at_most_one_percent_more_than_its_latent_and_unpadded_text(tmp_path: Path) -> None:
+    """Samples of a usual size: 16 channels, 5 x 32 x 32 (256 px, 17 frames), captions of 10 to 200 tokens of 4,096."""
+    pin_info(tmp_path, {**info(), "channels": 16, "text_dim": 4096})
+    write_empty_text(tmp_path, torch.ones(1, 4096), "float16")
+    g = torch.Generator().manual_seed(0)
+    writer = ShardWriter(tmp_path, "shard-" + "0" * 16 + ".h5", "float16", 16, 4096)
+    for i in range(16):
+        length = int(torch.randint(10, 200, (1,), generator=g))
+        writer.add(f"{i:016x}", torch.randn(16, 5, 32, 32), torch.randn(length, 4096), "word " * length, 8.0, f"/v/{i}")
+    writer.commit()
+    build_index(tmp_path, [writer.name])
+    assert 1 < stats(tmp_path, read=1)["disk_ratio"] <= 1.01
+
+
+def test_the_command_line_tells_faults_a_line_each_and_as_json_and_ends_with_4(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = write(tmp_path / "a")
+    path = str(tmp_path / "a")
+
+    def run(*argv: str) -> tuple[int, str]:
+        code = main(["cache", *argv])
+        said = capsys.readouterr()
+        return code, said.out + said.err
+
+    assert run("verify", path)[0] == 0 and json.loads(run("verify", path, "--json")[1])["ok"] is True
+    code, text = run("ls", path)
+    assert code == 0 and len(text.splitlines()) == 11 and rows[3][0] in text and rows[3][3] in text
+    assert len(json.loads(run("ls", path, "--json")[1])) == 10
+    assert "std 1 to 1 over the channels" in run("stats", path)[1]
+    assert json.loads(run("stats", path, "--json", "--read", "2")[1])["normalised"]["samples"] == 2
+    part_of(tmp_path, slice(10, 12), "b")
+    code, text = run("merge", str(tmp_path / "c"), path, str(tmp_path / "b"))
+    assert code == 0 and "12 samples in 4 shards: 4 linked, 0 copied" in text
+    assert run("merge", str(tmp_path / "c"), path, str(tmp_path / "b"))[0] == 4
+
+    shard = LatentCache(tmp_path / "a")._index.shards[0]
+    data = bytearray((tmp_path / "a" / shard).read_bytes())
+    data[len(data) // 3] ^= 1
+    (tmp_path / "a" / shard).unlink()  # linked in c: what damages one name damages both
+    (tmp_path / "a" / shard).write_bytes(data)
+    code, text = run("verify", path)
+    assert code == 4 and f"{path}/{shard}: damaged: crc32 of the file" in text and "cache repair" in text
+    code, text = run("verify", path, "--json")
+    assert code == 4 and shard in {fault["file"] for fault in json.loads(text)["faults"]}
+    code, text = run("repair", path)
+    assert code == 0 and f"{path}/{shard}: damaged; renamed damaged-{shard}" in text and "run `sorahpc encode`" in text
+    assert run("verify", path)[0] == 0 and run("verify", str(tmp_path / "c"))[0] == 0
+    assert json.loads(run("repair", path, "--json")[1])["set_aside"] == {}
+    assert run("verify", str(tmp_path / "nowhere"))[0] == 4
