@@ -7,9 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from sorahpc import ops
 
-LEVELS = ("v4bf16", "v4", "v3", "base")
+# v4 is v4bf16 but for one conversion.
+LEVELS = ("v4bf16", pytest.param("v4", marks=pytest.mark.slow), "v3", "base")
 EMULATED = os.environ.get("SORAHPC_EMULATE") == "1"  # `make emulate`: the CPU's bodies are CUDA's kernels
 
 

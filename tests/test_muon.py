@@ -119,6 +119,7 @@ def check_same_steps(found: dict[str, Any], expected: dict[str, Any]) -> None:
             torch.testing.assert_close(found["model"][name], weight, atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_layout_and_resume_change_nothing(tmp_path: Path) -> None:
     one = run_on_ranks(1, layout_cases, tmp_path / "1")[0]
     first, second = run_on_ranks(2, layout_cases, tmp_path / "2")

@@ -191,9 +191,15 @@ class _Child:
 
 
 def _sealed(num_bytes: int) -> int:
-    """Memory with a file descriptor, of a size that a child can't change under its parent."""
+    """Memory with a file descriptor, of a size that a child can't change under its parent. Raises SetupError."""
     fd = os.memfd_create("sorahpc-clip", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    os.ftruncate(fd, num_bytes)
+    try:
+        os.ftruncate(fd, num_bytes)
+    except OSError as error:  # a bound on the size of files or of memory
+        os.close(fd)
+        raise SetupError(
+            f"decoder: can't share {num_bytes} bytes of memory with it: {error.strerror}; see `ulimit -a`"
+        ) from None
     fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
     return fd
 
