@@ -17,12 +17,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from sorahpc.cluster.launch import describe_job, launch, wait_for_slurm
+from sorahpc.cluster.launch import describe_job, launch, pipeline_jobs, wait_for_slurm
 from sorahpc.config import Config, load_config
 from sorahpc.data.toyworld import COLOURS, DIRECTIONS, SHAPES, SIZES, SPEEDS
 from sorahpc.errors import CheckpointError, DataError
 from sorahpc.log import Progress, duration
-from sorahpc.report import ASPECTS, JOBS, shares, write_report
+from sorahpc.report import ASPECTS, shares, write_report
 from sorahpc.runs import Task, atomic_write, read_json, write_json
 
 # height x width of the prompts: every other one square, as in the world
@@ -43,7 +43,8 @@ def main(config: str = "demo", overrides: Sequence[str] = (), cluster: str | Non
         ("text encoder", make_text_encoder),
         ("prompts", make_prompts),
     ]
-    count = len(made) + len(JOBS) + 1
+    jobs = [*pipeline_jobs(cfg), describe_job("evaluate")]
+    count = len(made) + len(jobs) + 1
     numbers = itertools.count(1)
     started = time.monotonic()
 
@@ -56,11 +57,11 @@ def main(config: str = "demo", overrides: Sequence[str] = (), cluster: str | Non
     for name, make in made:
         with stage(name):
             make(cfg)
-    for job in JOBS:
-        with stage(job):
-            code, job_id = launch(cfg, describe_job(job))
+    for job in jobs:
+        with stage(job.name):
+            code, job_id = launch(cfg, job)
             if job_id is not None:  # on Slurm a launch returns at once, and each stage needs the one before
-                code = wait_for_slurm(cfg, describe_job(job), job_id, progress=True)
+                code = wait_for_slurm(cfg, job, job_id, progress=True)
         if code in (DataError.exit_code, CheckpointError.exit_code):  # what it refuses, the demo made
             advice = "delete it, or name another run: sorahpc demo run=NAME"
             print(f"sorahpc: demo: {cfg.run_dir} may be of a demo with other settings: {advice}", file=sys.stderr)

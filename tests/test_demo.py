@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from sorahpc import demo
-from sorahpc.config import load_config
+from sorahpc.cluster.launch import Job
+from sorahpc.config import Config, load_config
 from sorahpc.data.toyworld import COLOURS, DIRECTIONS, SHAPES, parse_caption
 from sorahpc.errors import DataError
 from sorahpc.report import ASPECTS
@@ -43,6 +44,22 @@ def test_prompts_of_a_former_run_are_kept(tmp_path: Path) -> None:
     path.write_text('{"prompt": "mine"}\n')
     demo.make_prompts(config)
     assert path.read_text() == '{"prompt": "mine"}\n'
+
+
+def test_every_job_of_it_has_its_sections(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("make_videos", "make_text_encoder", "make_prompts", "write_report"):
+        monkeypatch.setattr(demo, name, lambda config: None)
+    monkeypatch.setattr(demo, "summary", lambda *_: "")
+    done = []
+
+    def launch(config: Config, job: Job) -> tuple[int, None]:
+        config.need(*job.sections)
+        done.append(job.name)
+        return 0, None
+
+    monkeypatch.setattr(demo, "launch", launch)
+    assert demo.main(overrides=[f"runs_dir={tmp_path}"]) == 0
+    assert done == ["prepare", "encode", "train", "sample", "evaluate"]
 
 
 @pytest.mark.parametrize(("code", "helps"), [(4, True), (5, True), (3, False), (10, False)])
