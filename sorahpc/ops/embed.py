@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sorahpc.ops._library import define
-from sorahpc.ops.pack import DTYPES, MAX_TOKENS, check_grids, check_tensors, positions3d, sum_of_grids, whole
+from sorahpc.ops.pack import DTYPES, MAX_TOKENS, check_grids, check_tensors, positions3d, whole
 
 MAX_DIM = 6 * 2**20
 MAX_TIMESTEP_DIM = 2**24
@@ -46,8 +46,9 @@ def sincos3d(
     _check_numbers("sincos3d", dim, theta, first)
     if length is None:
         check_grids("sincos3d", grids, 0, 0)
-        length = max(sum_of_grids("sincos3d", grids) - (first or 0), 0)
-    length = whole("sincos3d", "length", length, 0, MAX_TOKENS)
+        length = max(int(grids.prod(1).sum()) - (first or 0), 0)  # so that a graph may be made of it
+    else:
+        length = whole("sincos3d", "length", length, 0, MAX_TOKENS)
     check_grids("sincos3d", grids, length, first or 0)
     out: Tensor = _sincos3d(like, grids, dim, float(theta), first or 0, length)
     return out
