@@ -100,7 +100,7 @@ def test_a_damaged_sample_is_named_and_a_byte_between_samples_is_found_too(tmp_p
     rows = write(tmp_path, count=4)
     (path,) = tmp_path.glob("shard-*.h5")
     good = path.read_bytes()
-    offset = int(LatentCache(tmp_path)._index.latent_offset[2])
+    offset = int(LatentCache(tmp_path).index.latent_offset[2])
     path.write_bytes(good[:offset] + bytes([good[offset] ^ 1]) + good[offset + 1 :])
     faults = verify(tmp_path).faults
     assert [f.key for f in faults] == ["", rows[2][0]]
@@ -272,7 +272,7 @@ def test_the_command_line_tells_faults_a_line_each_and_as_json_and_ends_with_4(
     assert code == 0 and "12 samples in 4 shards: 4 linked, 0 copied" in text
     assert run("merge", str(tmp_path / "c"), path, str(tmp_path / "b"))[0] == 4
 
-    shard = LatentCache(tmp_path / "a")._index.shards[0]
+    shard = LatentCache(tmp_path / "a").index.shards[0]
     data = bytearray((tmp_path / "a" / shard).read_bytes())
     data[len(data) // 3] ^= 1
     (tmp_path / "a" / shard).unlink()  # linked in c: what damages one name damages both

@@ -60,7 +60,7 @@ class LatentCache:
     Files are opened when first read, per process: an instance may be pickled, and used on both sides of a fork.
 
     Attributes:
-        info: cache.json.
+        info: cache.json. index: index.parquet; what of it is used most is an attribute here too:
         keys, captions, sources: list[str]; fps: float64 [N]; shapes: int64 [N,4] (C,T,H,W); text_lens: int64 [N].
         ids: int64 [N], a sample's stable id: the upper 63 bits of its key.
         mean, std: float32 [C], of the raw latents; std > 0.
@@ -86,7 +86,7 @@ class LatentCache:
         if expect:
             check_info(self.path / INFO, self.info, json.loads(json.dumps(expect)))
         self.channels, self.text_dim, self.dtype = check_kinds(self.path, self.info)
-        index = self._index = read_index(self.path, self.channels, self.text_dim)
+        index = self.index = read_index(self.path, self.channels, self.text_dim)
         self.keys, self.captions, self.sources = index.keys, index.captions, index.sources
         self.fps, self.shapes, self.text_lens = index.fps, index.shapes, index.text_lens
         self.ids = np.array([int(k, 16) >> 1 for k in self.keys], np.int64)
@@ -99,7 +99,7 @@ class LatentCache:
 
     def nbytes(self, samples: Sequence[int]) -> int:
         """Bytes that `read_bits` writes for these samples: their latents and texts, two bytes a value."""
-        at = self._index
+        at = self.index
         chosen = np.asarray(samples, np.int64)
         return int(2 * (self.shapes[chosen].prod(axis=1) + at.text_lens[chosen] * self.text_dim).sum())
 
@@ -126,7 +126,7 @@ class LatentCache:
         Raises:
             DataError: naming shard and sample: the bytes are not those that were written, or can't be read.
         """
-        at = self._index
+        at = self.index
         pieces, views, place = [], [], 0
         for i in samples:
             shape, length = tuple(int(v) for v in self.shapes[i]), int(self.text_lens[i])
@@ -147,7 +147,7 @@ class LatentCache:
         return [(view(z, z_shape), view(e, e_shape)) for z, z_shape, e, e_shape in views]
 
     def _read_pieces(self, pieces: list[_Piece], out: np.ndarray) -> None:
-        at = self._index
+        at = self.index
         files: dict[str, _File] = {}  # held until all is read: the least recently used may be closed meanwhile
         requests = np.empty((len(pieces), 4), np.int64)
         for row, piece in zip(requests, pieces, strict=True):
@@ -176,7 +176,7 @@ class LatentCache:
                 )
 
     def _where(self, piece: _Piece) -> str:
-        name = self._index.shards[self._index.shard_of[piece.sample]]
+        name = self.index.shards[self.index.shard_of[piece.sample]]
         return f"{shown(self.path / name)}: sample {self.keys[piece.sample]}"
 
     def _cannot_read(self, piece: _Piece, error: int | None) -> DataError:

@@ -329,8 +329,8 @@ def merge(out: Path, sources: Sequence[Path]) -> dict[str, Any]:
     caches = [LatentCache(source) for source in sources]
     owner: dict[str, tuple[str, Path]] = {}
     for source, cache in zip(sources, caches, strict=True):
-        for key, k in zip(cache.keys, cache._index.shard_of, strict=True):
-            shard = cache._index.shards[k]
+        for key, k in zip(cache.keys, cache.index.shard_of, strict=True):
+            shard = cache.index.shards[k]
             first = owner.setdefault(key, (shard, source))
             if first[0] != shard:
                 raise DataError(
@@ -403,7 +403,7 @@ def list_samples(folder: Path) -> list[dict[str, Any]]:
         frames = (t - 1) * stride_t + 1
         rows.append(
             {
-                "key": key, "shard": cache._index.shards[cache._index.shard_of[i]], "shape": [c, t, h, w],
+                "key": key, "shard": cache.index.shards[cache.index.shard_of[i]], "shape": [c, t, h, w],
                 "frames": frames, "duration_s": frames / float(cache.fps[i]) if cache.fps[i] > 0 else 0.0,
                 "tokens": t * (h // ph) * (w // pw), "text_len": int(cache.text_lens[i]),
                 "caption": cache.captions[i], "source": cache.sources[i],
@@ -439,11 +439,11 @@ def stats(folder: Path, read: int) -> dict[str, Any]:
     values["aspect"] = [row["shape"][3] / row["shape"][2] for row in rows]
     latent = int(2 * cache.shapes.prod(axis=1).sum())
     text = int(2 * cache.text_lens.sum() * cache.text_dim)
-    disk = sum((folder / name).stat().st_size for name in cache._index.shards)
+    disk = sum((folder / name).stat().st_size for name in cache.index.shards)
     shapes = Counter("x".join(map(str, row["shape"][1:])) for row in rows)
     return {
         "samples": len(rows),
-        "shards": len(cache._index.shards),
+        "shards": len(cache.index.shards),
         "bytes_on_disk": disk,
         "latent_bytes": latent,
         "text_bytes": text,

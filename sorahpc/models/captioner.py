@@ -35,7 +35,7 @@ from sorahpc.data.decode import ClipPlan, VideoError, decode
 from sorahpc.data.manifest import Video, shown
 from sorahpc.errors import ConfigError, Stopped
 from sorahpc.models.endpoint import Endpoint
-from sorahpc.models.text import WEIGHTS, _transformers
+from sorahpc.models.text import WEIGHTS, import_transformers
 from sorahpc.models.vae import sha256_files, weight_files
 
 log = logging.getLogger(__name__)
@@ -99,7 +99,7 @@ class LocalModel:
             _refuse_remote_kernels(config, folder)
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             raise ConfigError(f"caption.path: no readable config.json with a model_type in {folder}") from None
-        auto = _transformers().models.auto.modeling_auto
+        auto = import_transformers().models.auto.modeling_auto
         self._sees = kind in auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
         if not self._sees and kind not in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
             raise ConfigError(
@@ -119,7 +119,7 @@ class LocalModel:
     @functools.cached_property
     def _reader(self) -> Any:
         """The processor of a model that sees, else the tokenizer."""
-        transformers = _transformers()
+        transformers = import_transformers()
         name = "AutoProcessor" if self._sees else "AutoTokenizer"
         reader = self._load(getattr(transformers, name), name)
         if self._sees and not reader.chat_template:
@@ -139,7 +139,7 @@ class LocalModel:
 
     @functools.cached_property
     def _model(self) -> Any:
-        transformers = _transformers()
+        transformers = import_transformers()
         name = "AutoModelForImageTextToText" if self._sees else "AutoModelForCausalLM"
         model, info = self._load(
             getattr(transformers, name), name, dtype=getattr(torch, self._dtype), use_safetensors=True,
@@ -188,7 +188,7 @@ class LocalModel:
             if torch.is_floating_point(value):
                 inputs[name] = value.to(getattr(torch, self._dtype))
         how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
-        settings = _transformers().GenerationConfig(
+        settings = import_transformers().GenerationConfig(
             max_new_tokens=max_new_tokens, eos_token_id=self._ends or None, num_beams=1,
             pad_token_id=next((t for t in (self._tokenizer.pad_token_id, *self._ends) if t is not None), 0),
             **{"do_sample": False, **how},

@@ -96,7 +96,8 @@ def _ids(tokenizer: Any, text: str, max_tokens: int) -> torch.Tensor:
     return ids
 
 
-def _transformers() -> Any:
+def import_transformers() -> Any:
+    """The library, without its remarks. Raises SetupError where it isn't installed."""
     try:
         import transformers  # seconds of imports: only where text is encoded
     except ImportError as error:
@@ -164,7 +165,7 @@ def _load(
     if place is None:
         raise ConfigError(f"{where}: no {' or '.join(tokenizer_files)} in {folder} or in {places[1]}")
     sha256 = sha256_files([*files, *(place / n for n in tokenizer_files if (place / n).is_file())])
-    transformers = _transformers()
+    transformers = import_transformers()
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             str(place), local_files_only=True, trust_remote_code=False
@@ -227,7 +228,7 @@ def make_tiny_t5(folder: str | Path, captions: Sequence[str], dim: int = 64, see
     )
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
 
-    transformers = _transformers()
+    transformers = import_transformers()
     config = transformers.T5Config(
         vocab_size=tokenizer.get_vocab_size(), d_model=dim, d_kv=16, num_heads=dim // 16, d_ff=2 * dim, num_layers=2,
         relative_attention_num_buckets=16, feed_forward_proj="gated-gelu", is_encoder_decoder=False, use_cache=False,
