@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from sorahpc.cluster.launch import describe_job, launch, pipeline_jobs, wait_for_slurm
-from sorahpc.config import Config, load_config
+from sorahpc.config import Config
+from sorahpc.configfile import load_config
 from sorahpc.data.toyworld import COLOURS, DIRECTIONS, SHAPES, SIZES, SPEEDS
 from sorahpc.errors import CheckpointError, DataError
 from sorahpc.log import Progress, duration

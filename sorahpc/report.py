@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sorahpc.config import load_config
+from sorahpc.configfile import load_config
 from sorahpc.errors import ConfigError, DataError
 from sorahpc.page import esc, fact_table, line_chart, page, smooth
 from sorahpc.runs import atomic_write

@@ -19,7 +19,8 @@ import torch
 from endpoints import completion, send, serving
 from models import WORDS, write_llm, write_t5, write_vae, write_vlm
 
-from sorahpc.config import Config, parse_config
+from sorahpc.config import Config
+from sorahpc.configfile import parse_config
 from sorahpc.data.captions import CAPTIONS, is_detailed, known_items, read_captions, read_item
 from sorahpc.data.latents import LatentCache
 from sorahpc.data.manifest import MANIFEST, read_manifest

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from sorahpc.config import Config, parse_config
+from sorahpc.config import Config
+from sorahpc.configfile import parse_config
 from sorahpc.data.captions import (
     CAPTIONS,
     Attempt,

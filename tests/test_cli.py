@@ -17,7 +17,8 @@ import yaml
 
 from sorahpc.cli import main
 from sorahpc.cluster.launch import JOBS
-from sorahpc.config import KernelsConfig, load_config
+from sorahpc.config import KernelsConfig
+from sorahpc.configfile import load_config
 from sorahpc.data.captions import Row, write_captions
 
 HEAVY = ("torch", "numpy", "megatron", "submitit", "av", "h5py", "diffusers", "transformers", "pyarrow")
@@ -225,7 +226,7 @@ def test_the_text_of_an_option_is_this_text(
         found.append(load_config(config, overrides, cluster).kernels)
         return 0
 
-    monkeypatch.setattr("sorahpc.cli._launch", launch)
+    monkeypatch.setattr("sorahpc.cli.profile.launch_job", launch)
     done = here("profile", "kernels", "--only", "K1 r", "--baseline", text, "--margin", "1e-05")
     assert (done.returncode, done.stderr) == (0, "")
     assert (found[0].only, found[0].baseline, found[0].margin) == ("K1 r", Path(text), 1e-5)

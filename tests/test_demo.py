@@ -12,7 +12,8 @@ import pytest
 
 from sorahpc import demo
 from sorahpc.cluster.launch import Job
-from sorahpc.config import Config, load_config
+from sorahpc.config import Config
+from sorahpc.configfile import load_config
 from sorahpc.data.toyworld import COLOURS, DIRECTIONS, SHAPES, parse_caption
 from sorahpc.errors import DataError
 from sorahpc.report import ASPECTS

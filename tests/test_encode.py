@@ -18,7 +18,8 @@ import pytest
 import torch
 from models import write_t5, write_vae
 
-from sorahpc.config import Config, parse_config
+from sorahpc.config import Config
+from sorahpc.configfile import parse_config
 from sorahpc.data import isolate
 from sorahpc.data.cache import INDEX
 from sorahpc.data.latents import LatentCache
@@ -376,7 +377,7 @@ def test_the_command_line_refuses_a_cache_of_another_vae_text_encoder_and_size_b
     from safetensors.torch import load_file, save_file
 
     from sorahpc.cli import main
-    from sorahpc.config import dump_config
+    from sorahpc.configfile import dump_config
 
     config = prepared(world, "whole")
     (tmp_path / "config.yaml").write_text(dump_config(config))

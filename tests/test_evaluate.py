@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from models import write_t5, write_vae
 
-from sorahpc.config import Config, parse_config
+from sorahpc.config import Config
+from sorahpc.configfile import parse_config
 from sorahpc.data.manifest import read_manifest
 from sorahpc.data.mp4 import write_mp4
 from sorahpc.data.toyworld import caption, render, scene_of, write_world

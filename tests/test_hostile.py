@@ -13,7 +13,8 @@ import pytest
 from models import write_t5, write_vae
 from videos import NOTHING, numbered, write_video
 
-from sorahpc.config import ClipConfig, Config, parse_config
+from sorahpc.config import ClipConfig, Config
+from sorahpc.configfile import parse_config
 from sorahpc.data import isolate
 from sorahpc.data.decode import ClipPlan, VideoError, decode, plan_clip, probe
 from sorahpc.data.latents import LatentCache

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from videos import numbered, write_video
 
-from sorahpc.config import Config, parse_config
+from sorahpc.config import Config
+from sorahpc.configfile import parse_config
 from sorahpc.data import decode as decode_module
 from sorahpc.data import isolate
 from sorahpc.data.decode import ClipPlan, VideoError, decode, probe

@@ -10,7 +10,8 @@ import pytest
 from test_decode import broken_files
 from videos import numbered, recording, write_video
 
-from sorahpc.config import Config, parse_config
+from sorahpc.config import Config
+from sorahpc.configfile import parse_config
 from sorahpc.data.manifest import Video, read_manifest
 from sorahpc.data.toyworld import write_world
 from sorahpc.errors import ConfigError, DataError, Stopped

@@ -19,7 +19,9 @@ import pytest
 import torch
 
 from sorahpc import cli, ops
-from sorahpc.config import KERNEL_CASES, parse_config
+from sorahpc.cli.launching import launch_job
+from sorahpc.config import KERNEL_CASES
+from sorahpc.configfile import parse_config
 from sorahpc.errors import ConfigError, DataError, NumericsError, SlowerError, SoraHPCError, Stopped
 from sorahpc.jobs import kernels
 from sorahpc.page import roofline
@@ -524,7 +526,7 @@ def test_a_baseline_that_can_never_serve_is_refused_before_anything_is_submitted
     monkeypatch.setattr("sorahpc.cluster.launch.launch", lambda *_, **__: pytest.fail("submitted"))
     overrides = [f"kernels.{key}={value}" for key, value in changes.items()]
     with pytest.raises(ConfigError) as caught:
-        cli._launch("profile-kernels", "profile", ["run=p", f"kernels.baseline={baseline}", *overrides], "slurm",
+        launch_job("profile-kernels", "profile", ["run=p", f"kernels.baseline={baseline}", *overrides], "slurm",
                     dry_run=False, as_json=False, wait=False)  # fmt: skip
     assert str(caught.value).startswith(f"kernels.baseline: {expected}") and "\n" not in str(caught.value)
 

@@ -14,7 +14,8 @@ import pytest
 import torch
 from endpoints import completion, send, serving
 
-from sorahpc.config import Config, ModelConfig, TrainConfig, parse_config
+from sorahpc.config import Config, ModelConfig, TrainConfig
+from sorahpc.configfile import parse_config
 from sorahpc.data.prompts import read_prompts
 from sorahpc.distributed import checkpoint, megatron
 from sorahpc.distributed.ema import Ema

@@ -14,7 +14,7 @@ import torch
 from models import write_vae
 
 from sorahpc import cli, store
-from sorahpc.config import parse_config
+from sorahpc.configfile import parse_config
 from sorahpc.errors import ConfigError, DataError, SetupError
 from sorahpc.models.text import load_text
 from sorahpc.models.vae import WEIGHTS, load_vae

@@ -14,7 +14,8 @@ import tiny
 from sorahpc.cluster import submit
 from sorahpc.cluster.launch import JOBS, pipeline_jobs
 from sorahpc.cluster.submit import env_sh, script
-from sorahpc.config import Config, parse_config
+from sorahpc.config import Config
+from sorahpc.configfile import parse_config
 from sorahpc.errors import ConfigError, SoraHPCError
 
 SLURM = {"kind": "slurm"}

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import COSMOS, WAN, ZOO
 
-from sorahpc.config import TilingConfig, parse_config, shipped_dir
+from sorahpc.config import TilingConfig, shipped_dir
+from sorahpc.configfile import parse_config
 from sorahpc.data.cache import check_info
 from sorahpc.data.toyworld import render, scene_of
 from sorahpc.errors import ConfigError, DataError

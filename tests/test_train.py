@@ -11,7 +11,8 @@ import pytest
 import torch
 from ranks import run_on_ranks
 
-from sorahpc.config import Config, parse_config
+from sorahpc.config import Config
+from sorahpc.configfile import parse_config
 from sorahpc.data.latents import LatentCache
 from sorahpc.errors import DataError, NumericsError, SetupError, Stopped
 from sorahpc.runs import Task

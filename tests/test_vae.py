@@ -16,7 +16,8 @@ import torch
 from models import COSMOS, WAN, ZOO, write_vae
 from safetensors.torch import load_file, save_file
 
-from sorahpc.config import Config, load_config, parse_config, shipped_dir
+from sorahpc.config import Config, shipped_dir
+from sorahpc.configfile import load_config, parse_config
 from sorahpc.data.decode import decode, plan_clip, probe
 from sorahpc.data.manifest import Video
 from sorahpc.data.mp4 import write_mp4

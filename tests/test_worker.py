@@ -20,7 +20,7 @@ from sorahpc.cluster import nsight
 from sorahpc.cluster.lease import Lease, identity, is_alive, is_dead, start_time
 from sorahpc.cluster.local import visible_gpus
 from sorahpc.cluster.worker import Place, Spec, check_progress, export_gang
-from sorahpc.config import parse_config
+from sorahpc.configfile import parse_config
 from sorahpc.errors import NoProgressError, SetupError
 from sorahpc.runs import JobFolder, Task, read_json, write_json
 
@@ -346,7 +346,7 @@ def test_a_writer_that_lost_its_lease_stops_and_leaves_the_status_to_the_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from sorahpc.cluster import worker as worker_module
-    from sorahpc.config import parse_config
+    from sorahpc.configfile import parse_config
 
     monkeypatch.setattr(worker_module.Heartbeat.__init__, "__defaults__", (0.02,))
     config = parse_config(tiny.config_data(runs_dir=str(tmp_path)))

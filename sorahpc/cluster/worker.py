@@ -29,7 +29,8 @@ from typing import Any
 from sorahpc.cluster import nsight
 from sorahpc.cluster.lease import HEARTBEAT_S, Lease, identity, is_alive
 from sorahpc.cluster.signals import StopFlag, die_after, die_with, ignore_stop_signals
-from sorahpc.config import ArrayResources, Config, load_config
+from sorahpc.config import ArrayResources, Config
+from sorahpc.configfile import load_config
 from sorahpc.errors import ConfigError, NoProgressError, SetupError, SoraHPCError, Stopped
 from sorahpc.log import number, task_logging
 from sorahpc.runs import JobFolder, Task, read_state, write_json

@@ -15,7 +15,7 @@ import yaml
 from endpoints import Server, completion, send, serving
 
 from slurm.cluster import MiniSlurm
-from sorahpc.config import load_config
+from sorahpc.configfile import load_config
 from sorahpc.data.captions import CAPTIONS, known_items, read_captions
 from sorahpc.data.toyworld import write_world
 from sorahpc.jobs import prepare

@@ -1,0 +1,5 @@
+"""``python -m sorahpc.cli``."""
+
+from sorahpc.cli import main
+
+raise SystemExit(main())
