@@ -40,7 +40,7 @@ from sorahpc.profiling.results import (
     write_csv,
     write_node,
 )
-from sorahpc.profiling.timing import check, copies, copy_limit, interleaved_times, matmul_limit, measure
+from sorahpc.profiling.timing import check, copies, copy_limit, interleaved_times, large_buffer, matmul_limit, measure
 from sorahpc.runs import Task, write_json
 
 CPU = torch.device("cpu")
@@ -125,7 +125,8 @@ def test_peak_memory_is_that_of_a_call_and_not_of_those_before() -> None:
 
 
 def test_the_limits_are_a_copy_and_a_product_and_stream_copy_is_exact() -> None:
-    bytes_per_s, name = copy_limit(interleaved_times(copies(CPU), CPU, repeats=3))
+    buffers = [large_buffer(CPU)]
+    bytes_per_s, name = copy_limit(interleaved_times(copies(buffers), CPU, repeats=3), buffers)
     assert 1e8 < bytes_per_s < 1e13 and name in ("memcpy", "non-temporal copy")
     assert 1e8 < matmul_limit(CPU, torch.float32, repeats=3) < 1e14
     for x in (

@@ -46,6 +46,7 @@ class Case:
         results: name -> what to compare with ours, of the candidates that don't return it when they are timed.
         compared: so many of the results, from the first, where a peer loses the others.
         left_out: name -> why, of the peers that `timing.check` took out of `calls`.
+        copied: what the op reads, where it writes as much: its limit is a copy of them. Else that of a large buffer.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Case:
     results: dict[str, Callable[[], Outputs]] = field(default_factory=dict)
     compared: int | None = None
     left_out: dict[str, str] = field(default_factory=dict)
+    copied: tuple[Tensor, ...] = ()
 
     def result(self, name: str) -> tuple[Tensor, ...]:
         out = self.results.get(name, self.calls[name])()
@@ -146,6 +148,7 @@ def rope_case(num_tokens: int, heads: int, dtype: torch.dtype, device: torch.dev
         calls=calls,
         tolerance=2e-2 if dtype.itemsize == 2 else 1e-5,
         results={name: result for name, (_, result) in peers.items()},
+        copied=(q, k),
     )
 
 
@@ -278,6 +281,7 @@ def patchify_case(num_tokens: int, heads: int, dtype: torch.dtype, device: torch
             "compile permute": partial(torch.compile(by_permute, dynamic=False), latents),
         },
         tolerance=0.0,
+        copied=(latents,),
     )
 
 
@@ -350,6 +354,7 @@ def sincos_case(num_tokens: int, heads: int, dtype: torch.dtype, device: torch.d
             "compile table": partial(torch.compile(by_table, dynamic=False), x, table),
         },
         tolerance=2e-2 if dtype.itemsize == 2 else 1e-4,
+        copied=(x,),
     )
 
 

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
+from torch import Tensor
 
 from sorahpc.errors import NumericsError
 from sorahpc.ops import stream_copy
@@ -71,21 +72,24 @@ def threads_of(device: torch.device) -> int:
     return torch.get_num_threads() if device.type == "cpu" else 0
 
 
-def copies(device: torch.device) -> dict[str, Callable[[], object]]:
-    """The fastest copies that this device may have, of COPY_BYTES each."""
-    source = torch.zeros(COPY_BYTES // 4, device=device)
-    target = torch.zeros_like(source)
-    calls: dict[str, Callable[[], object]] = {"memcpy": lambda: target.copy_(source)}
-    if device.type == "cpu":
-        calls["non-temporal copy"] = lambda: stream_copy(source)
+def copies(buffers: Sequence[Tensor]) -> dict[str, Callable[[], object]]:
+    """The fastest copies of some buffers that their device may have, to where a call's results would lie."""
+    calls: dict[str, Callable[[], object]] = {"memcpy": lambda: [x.clone() for x in buffers]}
+    if buffers[0].device.type == "cpu":
+        calls["non-temporal copy"] = lambda: [stream_copy(x) for x in buffers]
     return calls
 
 
-def copy_limit(times: Mapping[str, Sequence[float]]) -> tuple[float, str]:
+def large_buffer(device: torch.device) -> Tensor:
+    """COPY_BYTES that were written: pages that were never are all one page of zeros."""
+    return torch.ones(COPY_BYTES // 4, device=device)
+
+
+def copy_limit(times: Mapping[str, Sequence[float]], buffers: Sequence[Tensor]) -> tuple[float, str]:
     """Bytes a second, read and written, of the fastest of the `copies` that were timed, and which it was."""
     medians = {name: statistics.median(times[name]) for name in ("memcpy", "non-temporal copy") if name in times}
     best = min(medians, key=lambda name: medians[name])
-    return 2 * COPY_BYTES / medians[best], best
+    return 2 * sum(x.nbytes for x in buffers) / medians[best], best
 
 
 def matmul_limit(device: torch.device, dtype: torch.dtype, repeats: int) -> float:
@@ -98,7 +102,8 @@ def matmul_limit(device: torch.device, dtype: torch.dtype, repeats: int) -> floa
 
 def ceilings(device: torch.device, repeats: int) -> Iterator[Ceiling]:
     threads = threads_of(device)
-    copy, how = copy_limit(interleaved_times(copies(device), device, repeats))
+    buffers = [large_buffer(device)]
+    copy, how = copy_limit(interleaved_times(copies(buffers), device, repeats), buffers)
     yield Ceiling("copy", "any", threads, round(copy / 1e9, 2), f"{how}, {COPY_BYTES >> 20} MB")
     n = MATMUL_SIZE[device.type]
     for dtype in (torch.float32, torch.bfloat16):
@@ -152,9 +157,12 @@ def measure(cases: Iterable[Case], device: torch.device, repeats: int) -> Iterat
     for case in cases:
         torch._dynamo.reset()  # what is compiled knows the number of threads, and there is a limit to how often
         check(case)
-        # The copies take their turns with the candidates: a shared machine's speed drifts within seconds.
-        times = interleaved_times({**case.calls, **copies(device)}, device, repeats)
-        limit, _ = copy_limit(times)
+        # The copies take their turns with the candidates: a shared machine's speed drifts within seconds. And they read
+        # the same buffers, where an op writes as much as it reads: how fast memory is depends on the pages that a
+        # buffer got, by a fifth on an EPYC.
+        buffers = case.copied or (large_buffer(device),)
+        times = interleaved_times({**case.calls, **copies(buffers)}, device, repeats)
+        limit, _ = copy_limit(times, buffers)
         medians = {candidate: statistics.median(times[candidate]) for candidate in case.calls}
         for candidate, median in medians.items():
             values = times[candidate]
