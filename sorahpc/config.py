@@ -205,10 +205,8 @@ class CaptionConfig(Section):
     attempts: int = Field(3, ge=1, le=20, description="answers asked for until one is accepted, each with its own seed")
     min_chars: int = Field(60, ge=1, le=10_000, description="a shorter answer is rejected")
     max_chars: int = Field(2000, ge=1, le=10_000, description="and so is a longer one")
-    share: float = Field(
-        0.95, ge=0, le=1, description="of clips, encoded with the detailed caption; 0: no clip is captioned"
-    )
-    seed: int = Field(0, ge=0, lt=2**31, description="of sampling, and of which clips the share is")
+    clips: bool = Field(True, description="false: no clip is captioned, only prompts are (sample.expand)")
+    seed: int = Field(0, ge=0, lt=2**31, description="of sampling")
     resources: ArrayResources = ArrayResources()
 
     @model_validator(mode="after")
@@ -228,10 +226,20 @@ class VaeConfig(Section):
     tiling: TilingConfig | None = Field(None, description="how long and large clips are cut; None: whole clips")
 
 
+class ClipTextConfig(Section):
+    """CLIP's text encoder beside T5: its tokens go to cross-attention too, its pooled embedding to the modulation."""
+
+    path: ConfigPath = Field(
+        description="transformers CLIP, whole or its text encoder, with its tokenizer: a folder, or a fetched name"
+    )
+    projected: bool = Field(False, description="the pooled embedding goes through the projection that images share")
+
+
 class TextConfig(Section):
     path: ConfigPath = Field(description="transformers T5 encoder with its tokenizer: a folder, or a fetched name")
     max_tokens: int = Field(256, ge=1, le=4096, description="captions are cut to this many tokens")
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="compute dtype of the text encoder")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="compute dtype of the text encoders")
+    clip: ClipTextConfig | None = Field(None, description="CLIP beside T5; None: T5 alone")
 
 
 class EncodeConfig(Section):
@@ -363,6 +371,9 @@ class TrainConfig(Section):
     clip_grad: float = Field(1.0, gt=0, description="global gradient norm is clipped to this")
     ema_decay: float = Field(0.999, ge=0, lt=1)
     text_drop: float = Field(0.1, ge=0, le=1, description="share of samples trained with the empty caption (for CFG)")
+    detailed_share: float = Field(
+        0.95, ge=0, le=1, description="of the visits to a sample that has a detailed caption, those that get it"
+    )
     t_mean: float = Field(0.0, description="timestep ~ sigmoid(normal(t_mean, t_std)) ...")
     t_std: float = Field(1.0, gt=0)
     t_uniform: float = Field(0.1, ge=0, le=1, description="... mixed with this share of uniform timesteps")

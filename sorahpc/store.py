@@ -60,6 +60,7 @@ NAMES = {
     "mochi": Source("genmo/mochi-1-preview", ("vae",), "vae"),
     "wan-2.1": Source("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", ("vae",), "vae"),
     "wan-2.2": Source("Wan-AI/Wan2.2-TI2V-5B-Diffusers", ("vae",), "vae"),
+    "clip-l": _text("hunyuanvideo-community/HunyuanVideo", "text_encoder_2", "tokenizer_2"),
     "flan-t5-base": _text("google/flan-t5-base", ""),
     "flan-t5-xl": _text("google/flan-t5-xl", ""),
     "flan-t5-xxl": _text("google/flan-t5-xxl", ""),

@@ -10,6 +10,7 @@ from sorahpc.data.cache import build_index, pin_info, plan_shards
 from sorahpc.data.shards import ShardWriter, write_empty_text
 
 C, D = 4, 8
+CLIP = {"clip_text": 6, "clip_pooled": 10}
 SHAPES = [(C, 3, 8, 8), (C, 1, 6, 10), (C, 5, 10, 6), (C, 3, 8, 8), (C, 2, 1, 1)]
 
 
@@ -27,27 +28,44 @@ def info(dtype: str = "float16") -> dict:
     }
 
 
-def samples(count: int = 10) -> list[tuple]:
-    """Arguments of ShardWriter.add: clips of five shapes."""
+def dims(clip: bool = False) -> dict[str, int]:
+    return {"text": D, **(CLIP if clip else {})}
+
+
+def samples(count: int = 10, clip: bool = False, detailed: bool = False) -> list[tuple]:
+    """Arguments of ShardWriter.add: clips of five shapes; `detailed`: two of three have a second caption."""
     g = torch.Generator().manual_seed(0)
     out = []
     for i in range(count):
         latent = torch.randn(SHAPES[i % len(SHAPES)], generator=g) * 2 + torch.arange(C)[:, None, None, None]
-        text = torch.randn(1 + i % 3, D, generator=g)
-        out.append(
-            (f"{(i + 1) * 0x9E3779B97F4A7C15 % 2**64:016x}", latent, text, f"clip {i} ü🎈", 8.0, f"/videos/{i}.mp4")
-        )
+        texts = {"text": torch.randn(1 + i % 3, D, generator=g)}
+        second = f"clip {i} in detail 🎈" if detailed and i % 3 else ""
+        for prefix in ("", "detailed_") if second else ("",):
+            for name, dim in dims(clip).items():
+                length = 1 if name == "clip_pooled" else 2 + (i + len(prefix)) % 4
+                if prefix or name != "text":
+                    texts[prefix + name] = torch.randn(length, dim, generator=g)
+        key = f"{(i + 1) * 0x9E3779B97F4A7C15 % 2**64:016x}"
+        out.append((key, latent, texts, f"clip {i} ü🎈", 8.0, f"/videos/{i}.mp4", "pyav", second))
     return out
 
 
-def write(folder: Path, dtype: str = "float16", count: int = 10, per_shard: int = 4) -> list[tuple]:
+def write(
+    folder: Path,
+    dtype: str = "float16",
+    count: int = 10,
+    per_shard: int = 4,
+    clip: bool = False,
+    detailed: bool = False,
+) -> list[tuple]:
     """A finished cache of `samples(count)`, which are returned."""
-    rows = samples(count)
-    pin_info(folder, info(dtype))
-    write_empty_text(folder, torch.ones(1, D), dtype)
+    rows = samples(count, clip, detailed)
+    more = {"clip_text": {"id": "K", "weights_sha256": "d" * 64}, **{f"{k}_dim": n for k, n in CLIP.items()}}
+    pin_info(folder, info(dtype) | (more if clip else {}))
+    write_empty_text(folder, {name: torch.ones(1, dim) for name, dim in dims(clip).items()}, dtype)
     plan = plan_shards([r[0] for r in rows], per_shard)
     for shard in plan:
-        writer = ShardWriter(folder, shard.name, dtype, C, D)
+        writer = ShardWriter(folder, shard.name, dtype, C, dims(clip))
         for i in shard.rows:
             writer.add(*rows[i])
         writer.commit()

@@ -62,6 +62,39 @@ def write_t5(folder: Path, videos: Path) -> Path:
     return folder
 
 
+def write_clip(folder: Path, captions: list[str], cls: str = "CLIPTextModel") -> Path:
+    """A CLIP of 16 dims with random weights; its tokenizer puts a start and an end around the words."""
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+
+    tokenizer = Tokenizer(models.BPE(unk_token="<|endoftext|>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
+    special = ["<|startoftext|>", "<|endoftext|>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator(
+        captions, trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet)
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{special[0]} $A {special[1]}", special_tokens=[(special[0], 0), (special[1], 1)]
+    )
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=special[0], eos_token=special[1], pad_token=special[1]
+    )
+    fast.save_pretrained(folder)
+    text = {"vocab_size": 400, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
+            "num_attention_heads": 2, "max_position_embeddings": 20, "bos_token_id": 0, "eos_token_id": 1,
+            "pad_token_id": 1, "projection_dim": 12}  # fmt: skip
+    torch.manual_seed(0)
+    if cls == "CLIPModel":
+        vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+                  "image_size": 8, "patch_size": 8}  # fmt: skip
+        whole = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=12)
+        transformers.CLIPModel(whole).save_pretrained(folder)
+    else:
+        getattr(transformers, cls)(transformers.CLIPTextConfig(**text)).save_pretrained(folder)
+    return folder
+
+
 WORDS = (
     "a the red blue large small wooden ball box dog woman tree river moves rolls falls slowly left right up down over "
     "near behind with soft bright light camera follows grass morning"

@@ -112,7 +112,7 @@ def test_a_broken_cache_json_is_one_line(tmp_path: Path, text: str) -> None:
 def test_a_shard_without_a_sample_is_written_and_keeps_the_reasons(tmp_path: Path) -> None:
     pin_info(tmp_path, info())
     name = plan_shards(["0" * 16], 4)[0].name
-    writer = ShardWriter(tmp_path, name, "float16", C, D)
+    writer = ShardWriter(tmp_path, name, "float16", C, {"text": D})
     writer.reject("0" * 16, "/videos/bad\n.mp4", "truncated:\n\0 half of it")
     writer.commit()
     summary = build_index(tmp_path, [name])

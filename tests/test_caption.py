@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import multiprocessing
@@ -21,7 +22,7 @@ from models import WORDS, write_llm, write_t5, write_vae, write_vlm
 
 from sorahpc.config import Config
 from sorahpc.configfile import parse_config
-from sorahpc.data.captions import CAPTIONS, is_detailed, known_items, read_captions, read_item
+from sorahpc.data.captions import CAPTIONS, known_items, read_captions, read_item, write_captions
 from sorahpc.data.latents import LatentCache
 from sorahpc.data.manifest import MANIFEST, read_manifest
 from sorahpc.data.toyworld import write_world
@@ -29,6 +30,7 @@ from sorahpc.errors import ConfigError, DataError, SetupError, Stopped
 from sorahpc.jobs import caption, encode, evaluate, prepare
 from sorahpc.models import captioner
 from sorahpc.models.captioner import LocalModel
+from sorahpc.models.text import load_text
 from sorahpc.runs import Task
 
 CLIPS = 8
@@ -230,7 +232,7 @@ def test_another_model_instruction_or_limit_is_another_question_and_another_plac
     ]  # fmt: skip
     every = [asked(**change) for change in changes]
     assert len(set().union(*every)) == CLIPS * len(changes)
-    assert asked(path=str(shutil.copytree(world / "llm", tmp_path / "moved")), share=0.1) == every[0]
+    assert asked(path=str(shutil.copytree(world / "llm", tmp_path / "moved")), clips=False) == every[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -485,45 +487,45 @@ def test_a_model_without_a_chat_template_goes_on_with_the_text(folder: Path) -> 
 # What encode makes of it
 
 
-def test_encode_takes_the_share_and_a_new_caption_makes_only_its_shard_again(
+def test_encode_stores_both_captions_and_a_new_one_makes_only_its_shard_again(
     world: Path, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_t5(world / "t5", world / "videos")
     write_vae(world / "vae")
     run = local(world, "encoded").run_dir
     models = {"vae": {"path": str(world / "vae")}, "text": {"path": str(world / "t5"), "max_tokens": 64}}
-
-    def config(share: float) -> Config:
-        data = local(world, "encoded", share=share).model_dump(mode="json")
-        return parse_config({**data, **models, "encode": {"clips_per_shard": 2}})
+    data = local(world, "encoded").model_dump(mode="json")
+    config = parse_config({**data, **models, "encode": {"clips_per_shard": 2}})
+    plain = parse_config({**data, **models, "encode": {"clips_per_shard": 2}, "caption": None})
 
     rows = {row.key: row.caption for row in read_captions(world / "runs/whole" / CAPTIONS)[0]}
     videos = [v for v in read_manifest(run / MANIFEST) if v.ok and not v.path.endswith(BROKEN)]
-    with_one = [v for v in videos if rows[v.key]]
-
-    def share_of(count: int) -> float:
-        return next(s / 1000 for s in range(1001) if sum(is_detailed(0, v.key, s / 1000) for v in with_one) == count)
-
-    three, four = share_of(3), share_of(4)
     with pytest.raises(DataError, match="no such table of captions; run `sorahpc caption` first"):
-        encode.run(config(three), Task(run, "encode"))
+        encode.run(config, Task(run, "encode"))
     shutil.copytree(world / "runs/whole/captions", run / "captions")
-    caption.run(config(three), Task(run, "caption"))
-    encode.run(config(three), Task(run, "encode"))
+    caption.run(config, Task(run, "caption"))
+    encode.run(config, Task(run, "encode"))
     cache = LatentCache(run / "cache")
-    assert cache.captions == [
-        rows[v.key] if v in with_one and is_detailed(0, v.key, three) else v.caption for v in videos
-    ]
-    assert sum(c in rows.values() for c in cache.captions) == 3
+    assert cache.captions == [v.caption for v in videos] and cache.detailed == [rows[v.key] for v in videos]
+    assert sum(map(bool, cache.detailed)) >= 4
+    i = next(i for i, text in enumerate(cache.detailed) if text)
+    text = load_text(world / "t5", 64)
+    for second, said in ((False, cache.captions[i]), (True, cache.detailed[i])):
+        assert torch.equal(cache.read(i, second)[1]["text"], text.encode([said])[0].half().float())
     encoded: list[str] = []
     real = encode._encode
     monkeypatch.setattr(encode, "_encode", lambda video, *rest: (encoded.append(video.path), real(video, *rest)))
-    encode.run(config(three), Task(run, "encode"))
+    encode.run(config, Task(run, "encode"))
     assert not encoded
-    encode.run(config(four), Task(run, "encode"))  # without another caption run
-    (added,) = [v for v in with_one if is_detailed(0, v.key, four) and not is_detailed(0, v.key, three)]
-    assert added.path in encoded and len(encoded) == 2
+    table, settings = read_captions(run / CAPTIONS)
+    key = next(v.key for v in videos if rows[v.key])
+    changed = [dataclasses.replace(r, caption="another text of it") if r.key == key else r for r in table]
+    write_captions(run / CAPTIONS, changed, settings)
+    encode.run(config, Task(run, "encode"))
+    assert len(encoded) == 2 and "another text of it" in LatentCache(run / "cache").detailed
     # A cached clip still finds its video, to be held beside its reconstruction.
-    evaluate.reconstruct(config(four), lambda: None)
+    evaluate.reconstruct(config, lambda: None)
     made = json.loads((run / "reconstructions/reconstructions.json").read_text())
     assert len(made["clips"]) == 6
+    encode.run(plain, Task(run, "encode"))  # without the section, the first caption alone, under the video's own key
+    assert LatentCache(run / "cache").keys == [v.key for v in videos] and not any(LatentCache(run / "cache").detailed)

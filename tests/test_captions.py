@@ -19,7 +19,6 @@ from sorahpc.data.captions import (
     Row,
     caption_settings,
     instruction_of,
-    is_detailed,
     item_path,
     judge,
     known_items,
@@ -300,42 +299,25 @@ def write_table(conf: Config, rows: list[Row]) -> None:
     write_captions(conf.run_dir / CAPTIONS, rows, caption_settings(conf))
 
 
-def test_the_share_is_a_pure_function_of_seed_and_key_and_grows_by_adding() -> None:
-    chosen = {share: {k for k in KEYS if is_detailed(3, k, share)} for share in (0.0, 0.5, 0.95, 1.0)}
-    assert not chosen[0.0] and chosen[1.0] == set(KEYS)
-    assert chosen[0.5] < chosen[0.95] < chosen[1.0]
-    # 400 fair draws: 3.5 standard deviations are 35 clips at a half, 15 at 0.95
-    assert abs(len(chosen[0.5]) - 200) < 35 and abs(len(chosen[0.95]) - 380) < 15
-    assert chosen[0.5] != {k for k in KEYS if is_detailed(4, k, 0.5)}
-
-
-def test_chosen_clips_get_their_caption_and_a_key_of_their_own(tmp_path: Path) -> None:
-    conf = config(tmp_path, share=0.5, seed=3)
+def test_clips_with_a_detailed_caption_have_a_key_of_their_own_and_keep_the_first(tmp_path: Path) -> None:
+    conf = config(tmp_path)
     videos = [*map(video, KEYS), video("", ok=False)]
     write_table(
         conf, [Row(k, "" if i == 0 else f"detailed {i}", "refusal" if i == 0 else "", "x") for i, k in enumerate(KEYS)]
     )
-    made = with_captions(conf, videos)
+    made, detailed = with_captions(conf, videos)
     assert made[-1] is videos[-1] and made[0] is videos[0]
     for i, (old, new) in enumerate(zip(videos[1:-1], made[1:-1], strict=True), start=1):
-        if is_detailed(3, old.key, 0.5):
-            assert new.caption == f"detailed {i}" and new.key != old.key and len(new.key) == 16
-            assert dataclasses.replace(new, key=old.key, caption=old.caption) == old
-        else:
-            assert new is old
-    assert len({v.key for v in made}) == len(made)
-    again = with_captions(
-        config(tmp_path, share=0.6, seed=3), videos
-    )  # the share may change without another caption run
-    assert sum(a != b for a, b in zip(made, again, strict=True)) == sum(
-        is_detailed(3, k, 0.6) and not is_detailed(3, k, 0.5) for k in KEYS
-    )
+        assert detailed[new.key] == f"detailed {i}" and new.key != old.key and len(new.key) == 16
+        assert dataclasses.replace(new, key=old.key) == old
+    assert len({v.key for v in made}) == len(made) and len(detailed) == len(KEYS) - 1
+    assert with_captions(conf, videos) == (made, detailed)
 
 
-def test_without_the_section_or_with_no_share_the_manifest_is_what_it_was(tmp_path: Path) -> None:
+def test_without_the_section_or_for_prompts_alone_the_manifest_is_what_it_was(tmp_path: Path) -> None:
     videos = [video(KEYS[0])]
-    assert with_captions(config(tmp_path, share=0), videos) is videos
-    assert with_captions(parse_config({"run": "r"}), videos) is videos
+    assert with_captions(config(tmp_path, clips=False), videos) == (videos, {})
+    assert with_captions(parse_config({"run": "r"}), videos) == (videos, {})
 
 
 @pytest.mark.parametrize(
@@ -363,7 +345,7 @@ def test_a_table_that_does_not_fit_is_refused(
 
 
 def test_another_address_of_the_same_model_makes_no_other_captions(tmp_path: Path) -> None:
-    a = config(tmp_path, endpoint={"url": "http://n1:8000/v1", "model": "m", "timeout_s": 5}, share=0.1)
+    a = config(tmp_path, endpoint={"url": "http://n1:8000/v1", "model": "m", "timeout_s": 5}, clips=False)
     b = config(tmp_path, endpoint={"url": "https://n2/v1", "model": "m"}, resources={"tasks": 9})
     assert caption_settings(a) == caption_settings(b)
     assert caption_settings(a) != caption_settings(config(tmp_path, endpoint={"url": "http://n1/v1", "model": "M"}))
@@ -400,7 +382,7 @@ def test_a_damaged_table_is_one_line(tmp_path: Path) -> None:
             "caption.prompt_instruction: expected a text that",
         ),
         ({"path": "a", "min_chars": 9, "max_chars": 8}, "caption.min_chars: expected at most max_chars = 8"),
-        ({"path": "a", "share": 1.5}, "caption.share: expected"),
+        ({"path": "a", "share": 0.5}, "caption.share: unknown key"),
         ({"endpoint": {"url": "http://u:" + "p@h/v1", "model": "m"}}, "caption.endpoint.url: expected http(s)://host"),
         ({"endpoint": {"url": "http://h/v1?key=1", "model": "m"}}, "caption.endpoint.url: expected http(s)://host"),
         ({"endpoint": {"url": "file:///etc/passwd", "model": "m"}}, "caption.endpoint.url: expected http(s)://host"),

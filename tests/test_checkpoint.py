@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import run_on_ranks
-from test_parallel_parity import CHANNELS, MODEL, TEXT_DIM, TRAIN, _batch, _wake, _whole
+from test_parallel_parity import CHANNELS, MODEL, TEXT_DIM, TRAIN, _batch, _wake, _whole, as_pack
 
 from sorahpc.config import Config
 from sorahpc.distributed import checkpoint
@@ -41,7 +41,7 @@ def train_and_save(
     """From scratch or from the newest checkpoint: train, save, and return whole parameters, EMA and losses."""
     from sorahpc.distributed import megatron
     from sorahpc.distributed.ema import Ema
-    from sorahpc.jobs.train import PackBatch, accumulate_gradients
+    from sorahpc.jobs.train import accumulate_gradients
     from sorahpc.models.dit import DiT
 
     mesh = megatron.start(rank, world_size, tp=tp, sp=True)
@@ -65,7 +65,7 @@ def train_and_save(
         for i in range(2):  # two packs a step, shared out over dp
             batch = _batch(2 * step + i)
             target = torch.randn(batch["tokens"].shape, generator=torch.Generator().manual_seed(step))
-            packs.append(PackBatch(target=target, **batch))
+            packs.append(as_pack(batch, target))
         elements = sum(p.tokens.numel() for p in packs)
         share = 2 // mesh.dp_size
         losses.append(accumulate_gradients(ddp, packs[mesh.dp_rank * share :][:share], elements, mesh))
@@ -250,6 +250,6 @@ def test_a_shard_entry_that_torch_would_unpickle_is_refused_unrun(saved: Any, tm
 def test_another_model_is_refused_by_field() -> None:
     other = MODEL.model_copy(update={"depth": 3})
     with pytest.raises(CheckpointError, match=r"model\.depth: the checkpoint .* has 2, this run 3"):
-        checkpoint.check_model(_meta(1), other, CHANNELS, TEXT_DIM, Path("c"))
+        checkpoint.check_model(_meta(1), other, CHANNELS, {"text": TEXT_DIM}, Path("c"))
     with pytest.raises(CheckpointError, match="latent channels: the checkpoint c has 6, this run 16"):
-        checkpoint.check_model(_meta(1), MODEL, 16, TEXT_DIM, Path("c"))
+        checkpoint.check_model(_meta(1), MODEL, 16, {"text": TEXT_DIM}, Path("c"))

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from test_parallel_parity import CHANNELS, GRIDS, MODEL, TEXT_DIM, TEXT_LENS, _batch, _wake
+from test_parallel_parity import CHANNELS, CLIP_DIMS, GRIDS, MODEL, TEXT_DIM, TEXT_LENS, _batch, _wake
 
 from sorahpc import ops
 from sorahpc.config import ModelConfig
@@ -48,6 +48,27 @@ def test_a_sample_does_not_feel_its_neighbours_in_the_pack(mesh: Any, position: 
         )
         torch.testing.assert_close(alone, whole[token : token + count], atol=2e-5, rtol=1e-4)
         token, word = token + count, word + words
+
+
+def test_clip_reaches_its_own_sample_alone_by_its_tokens_and_by_its_pooled_embedding(mesh: Any) -> None:
+    dit = DiT(MODEL, mesh, channels=CHANNELS, text_dim=TEXT_DIM, dtype=torch.float32, **CLIP_DIMS)
+    _wake(dit)
+    batch = _batch(0, clip=True)
+    whole = dit(**batch)
+    sizes = batch["grids"].prod(-1).tolist()
+    for name, rows in (("clip_text", slice(2, 7)), ("clip_pooled", slice(1, 2))):  # those of the second sample
+        changed = batch[name].clone()
+        changed[rows] += 1
+        moved = [float((a - b).abs().max()) for a, b in zip(
+            dit(**{**batch, name: changed}).split(sizes), whole.split(sizes), strict=True
+        )]  # fmt: skip
+        assert moved[1] > 1e-3 and max(moved[:1] + moved[2:]) < 1e-5, (name, moved)
+    with pytest.raises(ValueError, match="CLIP's texts: expected all three"):
+        dit(**_batch(0))
+    with pytest.raises(ValueError, match="CLIP's texts: expected none"):
+        _model(mesh)(**batch)
+    with pytest.raises(ValueError, match="17 CLIP tokens, lengths of 16"):
+        dit(**{**batch, "clip_lens": [1, *batch["clip_lens"][1:]]})
 
 
 def test_output_depends_on_time_text_and_place(mesh: Any) -> None:

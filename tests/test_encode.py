@@ -106,7 +106,7 @@ def test_all_usable_clips_are_encoded_and_the_broken_one_is_named_with_its_reaso
     assert cache.fps.tolist() == [8.0] * len(cache) and all(c.startswith("a ") for c in cache.captions)
     assert cache.info["vae"]["id"] == "AutoencoderKLCosmos" and cache.info["clip"]["max_frames"] == 9
     z, e = cache.read(0)
-    assert z.abs().max() > 0 and e.shape == (cache.text_lens[0], 16)
+    assert z.abs().max() > 0 and e["text"].shape == (cache.text_lens[0], 16)
 
 
 def test_the_text_and_the_latents_are_those_of_the_models_themselves(world: Path, whole: dict[str, bytes]) -> None:
@@ -116,8 +116,8 @@ def test_the_text_and_the_latents_are_those_of_the_models_themselves(world: Path
     cache = LatentCache(config.cache_dir)
     text = load_text(config.text.path, 32)
     _, e = cache.read(5)
-    assert torch.equal(e, text.encode([cache.captions[5]])[0].half().float())
-    assert torch.equal(cache.empty_text, text.encode([""])[0].half().float())
+    assert torch.equal(e["text"], text.encode([cache.captions[5]])[0].half().float())
+    assert torch.equal(cache.empty_texts["text"], text.encode([""])[0].half().float())
 
 
 def test_any_number_of_tasks_in_any_order_makes_the_same_bytes(world: Path, whole: dict[str, bytes]) -> None:

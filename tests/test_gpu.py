@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from test_parallel_parity import CHANNELS, MODEL, TEXT_DIM, TRAIN, _batch, _wake
+from test_parallel_parity import CHANNELS, MODEL, TEXT_DIM, TRAIN, _batch, _wake, as_pack
 
 from sorahpc.config import TrainConfig
 from sorahpc.models.attention import pack_attention
@@ -32,7 +32,7 @@ def test_varlen_attention_is_attention_within_each_sample() -> None:
 def _steps(dtype: torch.dtype, steps: int, name: str) -> list[float]:
     from sorahpc.distributed import megatron
     from sorahpc.distributed.ema import Ema
-    from sorahpc.jobs.train import PackBatch, accumulate_gradients
+    from sorahpc.jobs.train import accumulate_gradients
     from sorahpc.models.dit import DiT
 
     mesh = megatron.start()
@@ -45,7 +45,7 @@ def _steps(dtype: torch.dtype, steps: int, name: str) -> list[float]:
         batch: dict[str, Any] = _batch(0)
         target = torch.randn(batch["tokens"].shape, generator=torch.Generator().manual_seed(1))
         moved = {k: v.cuda() if torch.is_tensor(v) and k != "grids" else v for k, v in batch.items()}
-        pack = PackBatch(target=target.cuda(), **moved)
+        pack = as_pack(moved, target.cuda())
         losses = []
         for _ in range(steps):
             losses.append(accumulate_gradients(ddp, [pack], target.numel(), mesh))

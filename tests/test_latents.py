@@ -12,15 +12,17 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from caches import C, D, info, write
+from caches import C, D, dims, info, write
 
 from sorahpc.data import latents as module
 from sorahpc.data.cache import INDEX, build_index, pin_info, plan_shards
 from sorahpc.data.latents import LatentCache
+from sorahpc.data.maintenance import verify
 from sorahpc.data.shards import ShardWriter, write_empty_text
 from sorahpc.errors import DataError
 from sorahpc.ops._library import native
@@ -45,16 +47,40 @@ def test_a_cache_gives_back_what_was_written_rounded_once(tmp_path: Path, dtype:
     assert len(cache) == len(rows) and cache.keys == [r[0] for r in rows]
     assert cache.captions == [r[3] for r in rows] and cache.sources == [r[5] for r in rows]
     torch_dtype = getattr(torch, dtype)
-    for i, (key, latent, text, *_) in enumerate(rows):
-        z, e = cache.read(i)
-        assert z.dtype == e.dtype == torch.float32
+    for i, (key, latent, texts, *_) in enumerate(rows):
+        z, read = cache.read(i)
+        (text,), (e,) = texts.values(), read.values()
+        assert z.dtype == e.dtype == torch.float32 and list(read) == ["text"]
         assert torch.equal(z, latent.to(torch_dtype).float()) and torch.equal(e, text.to(torch_dtype).float())
         assert tuple(cache.shapes[i]) == tuple(latent.shape) and cache.text_lens[i] == len(text)
         assert cache.ids[i] == int(key, 16) >> 1 >= 0
-    assert torch.equal(cache.empty_text, torch.ones(1, D))
+    assert torch.equal(cache.empty_texts["text"], torch.ones(1, D))
     values = torch.cat([r[1].to(torch_dtype).double().flatten(1) for r in rows], dim=1)
     torch.testing.assert_close(cache.mean.double(), values.mean(1), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(cache.std.double(), values.std(1, unbiased=False), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("clip", [False, True])
+def test_the_texts_of_both_captions_by_every_encoder_come_back(tmp_path: Path, clip: bool, reader: str) -> None:
+    rows = write(tmp_path, clip=clip, detailed=True)
+    cache = LatentCache(tmp_path)
+    assert cache.dims == dims(clip) and cache.detailed == [r[7] for r in rows] and cache.detailed.count("") == 4
+    order = [3, 1, 1, 8, 0]
+    for wanted in ([True] * 5, [False] * 5, [True, True, False, False, True]):
+        out = torch.empty(cache.nbytes(order, wanted), dtype=torch.uint8)
+        for i, second, (z, texts) in zip(order, wanted, cache.read_bits(order, out, wanted), strict=True):
+            prefix = "detailed_" if second and i % 3 else ""
+            assert torch.equal(z, rows[i][1].half()) and set(texts) == set(dims(clip))
+            assert all(torch.equal(e, rows[i][2][prefix + name].half()) for name, e in texts.items())
+    assert {name: tuple(e.shape) for name, e in cache.empty_texts.items()} == {k: (1, n) for k, n in dims(clip).items()}
+    assert verify(tmp_path).faults == []
+
+
+def test_caches_without_a_second_caption_or_clip_are_what_they_were(tmp_path: Path) -> None:
+    write(tmp_path)
+    columns = pq.read_table(tmp_path / INDEX).schema.names
+    assert not [name for name in columns if "detailed" in name or "clip" in name]
+    assert not [name for name in h5py.File(next(tmp_path.glob("shard-*.h5"))) if "detailed" in name or "clip" in name]
 
 
 def test_a_flipped_byte_anywhere_in_the_data_is_found_and_names_shard_and_sample(tmp_path: Path, reader: str) -> None:
@@ -104,11 +130,11 @@ def test_a_reader_with_another_key_is_refused(tmp_path: Path) -> None:
 
 def test_a_constant_channel_gets_std_1(tmp_path: Path) -> None:
     pin_info(tmp_path, info())
-    write_empty_text(tmp_path, torch.ones(1, D), "float16")
-    writer = ShardWriter(tmp_path, plan_shards(["1" * 16], 1)[0].name, "float16", C, D)
+    write_empty_text(tmp_path, {"text": torch.ones(1, D)}, "float16")
+    writer = ShardWriter(tmp_path, plan_shards(["1" * 16], 1)[0].name, "float16", C, {"text": D})
     latent = torch.randn(C, 2, 3, 4)
     latent[2] = 0.3
-    writer.add("1" * 16, latent, torch.ones(1, D), "", 8.0, "x")
+    writer.add("1" * 16, latent, {"text": torch.ones(1, D)}, "", 8.0, "x")
     writer.commit()
     build_index(tmp_path, [writer.name])
     cache = LatentCache(tmp_path)
@@ -118,7 +144,8 @@ def test_a_constant_channel_gets_std_1(tmp_path: Path) -> None:
 def _read_all(cache: LatentCache) -> int:
     crc = 0
     for i in range(len(cache)):
-        for x in cache.read(i):
+        latent, texts = cache.read(i)
+        for x in (latent, *texts.values()):
             crc = zlib.crc32(x.numpy().tobytes(), crc)
     return crc
 
@@ -156,10 +183,11 @@ def test_a_batch_of_samples_is_views_of_the_callers_memory_and_equals_one_after_
     samples = [7, 0, 3, 3, 9, 1]
     out = torch.full((cache.nbytes(samples) + 64,), 0x5A, dtype=torch.uint8)
     pairs = cache.read_bits(samples, out)
-    for i, (z, e) in zip(samples, pairs, strict=True):
+    for i, (z, texts) in zip(samples, pairs, strict=True):
+        e = texts["text"]
         assert z.dtype == e.dtype == torch.float16 and z.untyped_storage().data_ptr() == out.data_ptr()
         expected = cache.read(i)
-        assert torch.equal(z.float(), expected[0]) and torch.equal(e.float(), expected[1])
+        assert torch.equal(z.float(), expected[0]) and torch.equal(e.float(), expected[1]["text"])
     assert (out[-64:] == 0x5A).all()
     assert cache.read_bits([], torch.empty(0, dtype=torch.uint8)) == []
 

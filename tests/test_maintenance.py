@@ -30,8 +30,9 @@ def content(folder: Path) -> dict[str, bytes]:
 def everything(folder: Path) -> list[bytes]:
     """All that a reader gets from a cache."""
     cache = LatentCache(folder)
-    pairs = [x.numpy().tobytes() for i in range(len(cache)) for x in cache.read(i)]
-    rest = [cache.mean, cache.std, cache.empty_text]
+    read = [cache.read(i, second) for i in range(len(cache)) for second in (False, True)]
+    pairs = [x.numpy().tobytes() for latent, texts in read for x in (latent, *texts.values())]
+    rest = [cache.mean, cache.std, cache.empty_texts["text"]]
     words = json.dumps([cache.keys, cache.captions, cache.sources, cache.fps.tolist(), cache.shapes.tolist()])
     return [*pairs, *(x.numpy().tobytes() for x in rest), words.encode()]
 
@@ -40,10 +41,10 @@ def part_of(folder: Path, where: slice, name: str, per_shard: int = 4) -> Path:
     """A finished cache of some of the samples."""
     rows = samples(12)[where]
     pin_info(folder / name, info())
-    write_empty_text(folder / name, torch.ones(1, D), "float16")
+    write_empty_text(folder / name, {"text": torch.ones(1, D)}, "float16")
     plan = plan_shards([r[0] for r in rows], per_shard)
     for shard in plan:
-        writer = ShardWriter(folder / name, shard.name, "float16", C, D)
+        writer = ShardWriter(folder / name, shard.name, "float16", C, {"text": D})
         for i in shard.rows:
             writer.add(*rows[i])
         writer.commit()
@@ -137,10 +138,10 @@ def test_repair_sets_damage_aside_and_what_is_made_anew_gives_the_same_cache(tmp
     assert done["restored"] and done["samples"] == 9 and len(done["removed"]) == 1 and done["missing"] == []
     assert (tmp_path / f"damaged-{names[1]}").read_bytes() == data
     assert (tmp_path / INFO).read_bytes() == good[INFO]
-    write_empty_text(tmp_path, torch.ones(1, D), "float16")  # what encode does
+    write_empty_text(tmp_path, {"text": torch.ones(1, D)}, "float16")  # what encode does
     assert verify(tmp_path).faults == []
     assert LatentCache(tmp_path).keys == [r[0] for r in rows[:3] + rows[6:]]
-    writer = ShardWriter(tmp_path, names[1], "float16", C, D)
+    writer = ShardWriter(tmp_path, names[1], "float16", C, {"text": D})
     for row in rows[3:6]:
         writer.add(*row)
     writer.commit()
@@ -222,7 +223,7 @@ def test_stats_count_what_is_there_and_normalised_samples_have_mean_0_and_std_1(
     found = stats(tmp_path, read=100)
     assert (found["samples"], found["shards"]) == (10, 3)
     assert found["latent_bytes"] == sum(2 * r[1].numel() for r in rows)
-    assert found["text_bytes"] == sum(2 * r[2].numel() for r in rows)
+    assert found["text_bytes"] == sum(2 * e.numel() for r in rows for e in r[2].values())
     assert found["shapes"]["3x8x8"] == 4 and sum(found["shapes"].values()) == 10
     assert found["tokens"]["max"] == 5 * 10 * 6 and found["frames"]["min"] == 1 and found["frames"]["max"] == 17
     assert found["duration_s"]["max"] == 17 / 8 and found["aspect"]["max"] == 10 / 6
@@ -239,12 +240,19 @@ def test_stats_count_what_is_there_and_normalised_samples_have_mean_0_and_std_1(
 def test_on_disk_a_sample_takes_at_most_one_percent_more_than_its_latent_and_unpadded_text(tmp_path: Path) -> None:
     """Samples of a usual size: 16 channels, 5 x 32 x 32 (256 px, 17 frames), captions of 10 to 200 tokens of 4,096."""
     pin_info(tmp_path, {**info(), "channels": 16, "text_dim": 4096})
-    write_empty_text(tmp_path, torch.ones(1, 4096), "float16")
+    write_empty_text(tmp_path, {"text": torch.ones(1, 4096)}, "float16")
     g = torch.Generator().manual_seed(0)
-    writer = ShardWriter(tmp_path, "shard-" + "0" * 16 + ".h5", "float16", 16, 4096)
+    writer = ShardWriter(tmp_path, "shard-" + "0" * 16 + ".h5", "float16", 16, {"text": 4096})
     for i in range(16):
         length = int(torch.randint(10, 200, (1,), generator=g))
-        writer.add(f"{i:016x}", torch.randn(16, 5, 32, 32), torch.randn(length, 4096), "word " * length, 8.0, f"/v/{i}")
+        writer.add(
+            f"{i:016x}",
+            torch.randn(16, 5, 32, 32),
+            {"text": torch.randn(length, 4096)},
+            "word " * length,
+            8.0,
+            f"/v/{i}",
+        )
     writer.commit()
     build_index(tmp_path, [writer.name])
     assert 1 < stats(tmp_path, read=1)["disk_ratio"] <= 1.01

@@ -9,7 +9,7 @@ import pytest
 import torch
 from ranks import run_on_ranks
 from test_checkpoint import _equal, train_and_save
-from test_parallel_parity import CHANNELS, MODEL, TEXT_DIM, TRAIN, _batch, _wake
+from test_parallel_parity import CHANNELS, MODEL, TEXT_DIM, TRAIN, _batch, _wake, as_pack
 
 from sorahpc.distributed.muon import MOMENTUM, UPDATE_RMS, Matrix, Muon, orthogonalize
 
@@ -36,7 +36,7 @@ def test_orthogonalize_leaves_zeros() -> None:
 def three_steps(rank: int, world_size: int) -> dict[str, Any]:
     """Weights before each of three steps of one rank, and the gradients of the step."""
     from sorahpc.distributed import megatron
-    from sorahpc.jobs.train import PackBatch, accumulate_gradients
+    from sorahpc.jobs.train import accumulate_gradients
     from sorahpc.models.dit import DiT
 
     mesh = megatron.start(rank, world_size)
@@ -49,7 +49,7 @@ def three_steps(rank: int, world_size: int) -> dict[str, Any]:
         weights.append({n: p.detach().clone() for n, p in model.named_parameters()})
         batch = _batch(step)
         target = torch.randn(batch["tokens"].shape, generator=torch.Generator().manual_seed(step))
-        accumulate_gradients(ddp, [PackBatch(target=target, **batch)], target.numel(), mesh)
+        accumulate_gradients(ddp, [as_pack(batch, target)], target.numel(), mesh)
         gradients.append({n: p.main_grad.clone() for n, p in model.named_parameters()})
         megatron.clip_and_step(optimizer, megatron.gradient_norm(optimizer), float("inf"))
     megatron.stop()

@@ -11,6 +11,7 @@ from ranks import run_on_ranks
 from torch import Tensor
 
 from sorahpc.config import ModelConfig, TrainConfig
+from sorahpc.data.texts import PackTexts
 
 MODEL = ModelConfig(depth=2, dim=64, num_heads=4, patch=(1, 2, 2))
 TRAIN = TrainConfig(steps=1000, tokens_per_pack=4096, warmup_steps=0, lr=1e-3)
@@ -18,19 +19,35 @@ CHANNELS, TEXT_DIM = 6, 24
 # Odd counts on purpose: 103 tokens in all, which no tp divides; one token; one frame; repeated and distinct lengths.
 GRIDS = [[2, 3, 5], [2, 3, 5], [1, 4, 4], [3, 1, 7], [1, 1, 1], [1, 5, 1]]
 TEXT_LENS = [3, 3, 1, 7, 2, 4]
+CLIP_DIMS, CLIP_LENS = {"clip_text_dim": 20, "clip_pooled_dim": 12}, [2, 5, 2, 1, 3, 4]
 
 
-def _batch(seed: int) -> dict[str, Any]:
+def _batch(seed: int, clip: bool = False) -> dict[str, Any]:
+    """Arguments of DiT.forward."""
     g = torch.Generator().manual_seed(seed)
     grids = torch.tensor(GRIDS)
     length = int(grids.prod(1).sum())
-    return {
+    batch = {
         "tokens": torch.randn(length, CHANNELS * 4, generator=g),
         "t": torch.rand(len(GRIDS), generator=g),
         "grids": grids,
         "text": torch.randn(sum(TEXT_LENS), TEXT_DIM, generator=g),
         "text_lens": TEXT_LENS,
     }
+    if clip:
+        batch["clip_text"] = torch.randn(sum(CLIP_LENS), CLIP_DIMS["clip_text_dim"], generator=g)
+        batch["clip_lens"] = CLIP_LENS
+        batch["clip_pooled"] = torch.randn(len(GRIDS), CLIP_DIMS["clip_pooled_dim"], generator=g)
+    return batch
+
+
+def as_pack(batch: dict[str, Any], target: Tensor) -> Any:
+    """A `PackBatch` of `_batch`."""
+    from sorahpc.jobs.train import PackBatch
+
+    own = ("tokens", "t", "grids")
+    texts = PackTexts(**{name: value for name, value in batch.items() if name not in own})
+    return PackBatch(target=target, texts=texts, **{name: batch[name] for name in own})
 
 
 def _wake(model: torch.nn.Module) -> None:
@@ -61,22 +78,22 @@ def _whole(tensor: Tensor, parameter: Tensor, mesh: Any) -> Tensor:
 def parity_cases(rank: int, world_size: int, tp: int) -> dict[str, Any]:
     """Loss and whole gradients for this tp size, without and with sp; then 50 steps, and hashes of replicas."""
     from sorahpc.distributed import megatron
-    from sorahpc.jobs.train import PackBatch, accumulate_gradients, learning_rate
+    from sorahpc.jobs.train import accumulate_gradients, learning_rate
     from sorahpc.models.dit import DiT
 
     results = {}
     for sp in (False, True) if tp > 1 else (False,):
         mesh = megatron.start(rank, world_size, tp=tp, sp=sp)
         assert mesh.sp == sp
-        model = DiT(MODEL, mesh, channels=CHANNELS, text_dim=TEXT_DIM, dtype=torch.float32, seed=3)
+        model = DiT(MODEL, mesh, channels=CHANNELS, text_dim=TEXT_DIM, dtype=torch.float32, seed=3, **CLIP_DIMS)
         _wake(model)
         ddp = megatron.wrap_ddp(model, model.config)
         optimizer = megatron.make_optimizer(ddp, TRAIN, mesh, torch.float32)
 
-        def pack(seed: int) -> PackBatch:
-            batch = _batch(seed)
+        def pack(seed: int) -> Any:
+            batch = _batch(seed, clip=True)
             target = torch.randn(batch["tokens"].shape, generator=torch.Generator().manual_seed(seed + 1000))
-            return PackBatch(target=target, **batch)
+            return as_pack(batch, target)
 
         packs = [pack(0), pack(1)]
         elements = sum(p.tokens.numel() for p in packs)

@@ -17,6 +17,7 @@ from endpoints import completion, send, serving
 from sorahpc.config import Config, ModelConfig, TrainConfig
 from sorahpc.configfile import parse_config
 from sorahpc.data.prompts import read_prompts
+from sorahpc.data.texts import PackTexts
 from sorahpc.distributed import checkpoint, megatron
 from sorahpc.distributed.ema import Ema
 from sorahpc.errors import CheckpointError, ConfigError, NumericsError, Stopped
@@ -69,7 +70,7 @@ def save_checkpoint(folder: Path, vae: Any, text: Any, mesh: Any, *, step: int) 
     optimizer = megatron.make_optimizer(ddp, train, mesh, torch.float32)
     x = torch.randn(4, model.final.out_features, generator=generator)
     text_tokens = torch.ones(3, TEXT_DIM)
-    pack = PackBatch(x, -x, torch.tensor([0.5]), torch.tensor([[1, 2, 2]]), text_tokens, [3])
+    pack = PackBatch(x, -x, torch.tensor([0.5]), torch.tensor([[1, 2, 2]]), PackTexts(text_tokens, [3]))
     accumulate_gradients(ddp, [pack], x.numel(), mesh)  # one step: an optimizer without state can't be saved
     megatron.clip_and_step(optimizer, megatron.gradient_norm(optimizer), 1.0)
     config = {"run": "r", "model": MODEL.model_dump(mode="json"), "train": train.model_dump(mode="json")}

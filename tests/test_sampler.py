@@ -83,7 +83,13 @@ class Spy:
         self.calls: list[tuple[int, int]] = []
 
     def __call__(
-        self, tokens: torch.Tensor, t: torch.Tensor, grids: torch.Tensor, text: torch.Tensor, lens: list[int]
+        self,
+        tokens: torch.Tensor,
+        t: torch.Tensor,
+        grids: torch.Tensor,
+        text: torch.Tensor,
+        lens: list[int],
+        *clip: None,
     ) -> torch.Tensor:
         counts = grids.prod(1).tolist()
         assert sum(counts) == len(tokens) and sum(lens) == len(text) and len(t) == len(grids) == len(lens)
@@ -93,8 +99,8 @@ class Spy:
 
 
 GRIDS = torch.tensor([[2, 1, 3], [1, 4, 1]])
-TEXTS = [torch.full((3, 8), 2.0), torch.full((1, 8), 5.0)]
-EMPTY = torch.full((2, 8), 1.0)
+TEXTS = [{"text": torch.full((3, 8), 2.0)}, {"text": torch.full((1, 8), 5.0)}]
+EMPTY = {"text": torch.full((2, 8), 1.0)}
 
 
 def test_guidance_is_the_unconditional_velocity_plus_scale_times_the_difference() -> None:

@@ -52,7 +52,7 @@ def test_hostile_shards_are_refused_not_crashed_on(tmp_path: Path) -> None:
             bad[at] ^= int(rng.integers(1, 256))
         path.write_bytes(bad)
         try:
-            for row in read_shard(path, C, D, "float16").rows:
+            for row in read_shard(path, C, {"text": D}, "float16").rows:
                 nbytes = 2 * row["channels"] * row["frames"] * row["height"] * row["width"]
                 assert 0 <= row["latent_offset"] <= len(bad) - nbytes
                 assert 0 <= row["text_offset"] <= len(bad) - 2 * D * row["text_len"]
@@ -63,7 +63,7 @@ def test_hostile_shards_are_refused_not_crashed_on(tmp_path: Path) -> None:
     for cut in (0, 1, 100, 1000, len(good) // 2, len(good) - 1):
         path.write_bytes(good[:cut])
         with pytest.raises(DataError, match=path.name):
-            read_shard(path, C, D, "float16")
+            read_shard(path, C, {"text": D}, "float16")
 
 
 @pytest.mark.parametrize(
@@ -87,13 +87,13 @@ def test_hostile_values_in_a_shard_are_refused_by_name(tmp_path: Path, name: str
     data = path.read_bytes()
     path.write_bytes(data + module._seal(zlib.crc32(data)))  # as they could, too
     with pytest.raises(DataError, match=word):
-        read_shard(path, C, D, "float16")
+        read_shard(path, C, {"text": D}, "float16")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_values_that_are_not_finite_are_refused_and_name_the_clip(tmp_path: Path, value: float) -> None:
     key, latent, text, *rest = samples(1)[0]
-    writer = ShardWriter(tmp_path, "shard-" + "0" * 16 + ".h5", "bfloat16", C, D)
+    writer = ShardWriter(tmp_path, "shard-" + "0" * 16 + ".h5", "bfloat16", C, {"text": D})
     latent[1, 2, 3, 4] = value
     with pytest.raises(DataError, match=r"/videos/0.mp4: .*latent.*not finite"):
         writer.add(key, latent, text, *rest)
@@ -104,8 +104,8 @@ def test_values_beyond_float16_are_refused_in_float16_and_kept_in_bfloat16(tmp_p
     key, latent, text, *rest = samples(1)[0]
     latent[0, 0, 0, 0] = 70_000.0
     with pytest.raises(DataError, match=r"70000.*encode.dtype=float16; use encode.dtype=bfloat16"):
-        ShardWriter(tmp_path, "x", "float16", C, D).add(key, latent, text, *rest)
-    ShardWriter(tmp_path, "x", "bfloat16", C, D).add(key, latent, text, *rest)
+        ShardWriter(tmp_path, "x", "float16", C, {"text": D}).add(key, latent, text, *rest)
+    ShardWriter(tmp_path, "x", "bfloat16", C, {"text": D}).add(key, latent, text, *rest)
 
 
 def test_captions_from_others_are_made_printable_and_short() -> None:
@@ -136,7 +136,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_part(tmp_path: Path, monkeypatch:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(module.os, "fsync", full)
-    writer = ShardWriter(tmp_path, "shard-" + "0" * 16 + ".h5", "float16", C, D)
+    writer = ShardWriter(tmp_path, "shard-" + "0" * 16 + ".h5", "float16", C, {"text": D})
     writer.add(*samples(1)[0])
     with pytest.raises(DataError, match="No space left on device"):
         writer.commit()

@@ -202,7 +202,7 @@ def test_what_comes_damaged_is_no_entry_and_the_next_try_goes_on_with_the_rest(h
 @pytest.mark.parametrize(
     ("what", "error", "message"),
     [
-        ("wan", ConfigError, "fetch: expected cogvideox, .* or owner/repository"),
+        ("wan", ConfigError, "fetch: expected clip-l, .* or owner/repository"),
         ("../../etc/passwd", ConfigError, "fetch: expected"),
         ("a/b/../c", ConfigError, "fetch: expected"),
         ("a/nothing", SetupError, "fetch: a/nothing: no such repository"),

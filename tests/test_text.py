@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from models import write_clip
 from safetensors.torch import load_file, save_file
 
 from sorahpc.data.toyworld import caption, scene_of
@@ -144,39 +145,6 @@ def test_a_dim_that_heads_do_not_divide_is_refused(tmp_path: Path) -> None:
 # CLIP
 
 
-def write_clip(folder: Path, cls: str, **config: object) -> Path:
-    """A CLIP of 16 dims with random weights; its tokenizer puts a start and an end around the words."""
-    import transformers
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
-
-    tokenizer = Tokenizer(models.BPE(unk_token="<|endoftext|>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
-    special = ["<|startoftext|>", "<|endoftext|>"]
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer.train_from_iterator(
-        CAPTIONS, trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet)
-    )
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{special[0]} $A {special[1]}", special_tokens=[(special[0], 0), (special[1], 1)]
-    )
-    fast = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=special[0], eos_token=special[1], pad_token=special[1]
-    )
-    fast.save_pretrained(folder)
-    text = {"vocab_size": 400, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
-            "num_attention_heads": 2, "max_position_embeddings": 20, "bos_token_id": 0, "eos_token_id": 1,
-            "pad_token_id": 1, "projection_dim": 12}  # fmt: skip
-    torch.manual_seed(0)
-    if cls == "CLIPModel":
-        vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
-                  "image_size": 8, "patch_size": 8}  # fmt: skip
-        whole = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=12)
-        transformers.CLIPModel(whole).save_pretrained(folder)
-    else:
-        getattr(transformers, cls)(transformers.CLIPTextConfig(**text, **config)).save_pretrained(folder)
-    return folder
-
-
 @pytest.mark.parametrize(
     ("cls", "projected", "pooled_dim"),
     [
@@ -192,7 +160,7 @@ def test_clip_gives_unpadded_tokens_and_a_pooled_vector_that_padding_would_not_c
 ) -> None:
     import transformers
 
-    clip = load_clip(write_clip(tmp_path, cls), projected)
+    clip = load_clip(write_clip(tmp_path, CAPTIONS, cls), projected)
     assert (clip.dim, clip.pooled_dim, clip.max_tokens) == (16, pooled_dim, 20)
     assert clip.id == ("CLIPTextModelWithProjection" if projected else "CLIPTextModel")
     long = "a large blue square moves up fast, bounces off the wall, a large blue square moves up fast, and on and on"
@@ -213,7 +181,7 @@ def test_clip_gives_unpadded_tokens_and_a_pooled_vector_that_padding_would_not_c
 
 
 def test_the_second_encoder_of_a_pipeline_finds_its_own_tokenizer(tmp_path: Path) -> None:
-    write_clip(tmp_path / "made", "CLIPTextModel")
+    write_clip(tmp_path / "made", CAPTIONS)
     make_tiny_t5(tmp_path / "tokenizer", CAPTIONS[:5], dim=16)  # of the first encoder
     for path in (tmp_path / "made").iterdir():
         place = tmp_path / ("tokenizer_2" if "token" in path.name else "text_encoder_2")
@@ -225,8 +193,12 @@ def test_the_second_encoder_of_a_pipeline_finds_its_own_tokenizer(tmp_path: Path
 
 
 def test_a_clip_that_is_none_or_lacks_the_projection_is_one_line(tiny: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"^clip: model_type .*expected one of clip_text_model, clip, found 't5'$"):
+    with pytest.raises(
+        ConfigError, match=r"^text\.clip\.path: model_type .*expected one of clip_text_model, clip, found 't5'$"
+    ):
         load_clip(tiny)
-    write_clip(tmp_path, "CLIPTextModel")
-    with pytest.raises(ConfigError, match=r"^clip: .*lack 1 tensors of CLIPTextModelWithProjection, such as text_"):
+    write_clip(tmp_path, CAPTIONS)
+    with pytest.raises(
+        ConfigError, match=r"^text\.clip\.path: .*lack 1 tensors of CLIPTextModelWithProjection, such as text_"
+    ):
         load_clip(tmp_path, projected=True)

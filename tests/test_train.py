@@ -224,7 +224,7 @@ def test_one_batch_is_learnt_by_heart(world: dict[str, Any]) -> None:
         batch = train.make_packer(cache, config).next(0)
         pack = train.build_pack(cache, batch.packs[0], config, cache.mean, cache.std, mesh.device)
         assert len({tuple(g) for g in pack.grids.tolist()}) > 1, "samples of different grids train together"
-        model = DiT(config.model, mesh, channels=cache.channels, text_dim=cache.text_dim, dtype=torch.float32)
+        model = DiT(config.model, mesh, channels=cache.channels, text_dim=cache.dims["text"], dtype=torch.float32)
         ddp = megatron.wrap_ddp(model, model.config)
         optimizer = megatron.make_optimizer(ddp, config.train, mesh, torch.float32)
         losses = []

@@ -304,7 +304,7 @@ def run_inline(config: Config, job: Job, launch_id: str, progress: bool) -> int:
 
 def pipeline_jobs(config: Config) -> list[Job]:
     """The jobs of the pipeline that this config has sections for, in order. Raises ConfigError where one can't run."""
-    for_clips = config.caption if config.caption and config.caption.share else None  # else it is for prompts only
+    for_clips = config.caption if config.caption and config.caption.clips else None  # else it is for prompts only
     has: dict[str, Any] = {"prepare": config.prepare, "caption": for_clips, "encode": config.vae}
     has |= {"train": config.train, "sample": config.sample}
     jobs = [JOBS[name] for name in PIPELINE if has[name] is not None]

@@ -3,7 +3,7 @@
     cache.json            what made it: VAE, text encoder, dtype, clip settings; created once, by the first worker
     shard-<16 hex>.h5     immutable HDF5; one writer each (shards.py)
     empty_text.h5         the empty caption's embedding, for classifier-free guidance
-    index.parquet         a row a sample: where its bytes lie, their crc32, caption; statistics of the latents;
+    index.parquet         a row a sample: where its bytes lie, their crc32, captions; statistics of the latents;
                           a copy of cache.json; a sha256 of it all
     rejected.json         clips that could not be encoded, with their reasons
 
@@ -25,7 +25,7 @@ import os
 import re
 import socket
 import threading
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,8 @@ import pyarrow.parquet as pq
 import torch
 
 from sorahpc.data.manifest import REJECTED, shown
-from sorahpc.data.shards import KEY, MAX_SIDE, VERSION, Shard, read_shard
+from sorahpc.data.shards import KEY, MAX_SIDE, VERSION, Shard, pieces_of, read_shard
+from sorahpc.data.texts import DETAILED, TEXTS
 from sorahpc.errors import DataError
 from sorahpc.runs import atomic_write, fsync_dir, write_json
 
@@ -46,17 +47,22 @@ SHARD = re.compile(r"shard-[0-9a-f]{16}\.h5")
 _META = b"sorahpc.cache"
 _ANEW = "run `sorahpc cache repair`, or delete it and run `sorahpc encode` again"
 
-_SCHEMA = pa.schema(
-    [
-        pa.field(name, kind, nullable=False)
-        for name, kind in {
-            "key": pa.string(), "shard": pa.string(), "channels": pa.int64(), "frames": pa.int64(),
-            "height": pa.int64(), "width": pa.int64(), "latent_offset": pa.int64(), "latent_crc32": pa.uint32(),
-            "text_offset": pa.int64(), "text_len": pa.int64(), "text_crc32": pa.uint32(), "fps": pa.float64(),
-            "caption": pa.string(), "source": pa.string(),
-        }.items()
-    ]
-)  # fmt: skip
+_COLUMNS = {
+    "key": pa.string(), "shard": pa.string(), "channels": pa.int64(), "frames": pa.int64(),
+    "height": pa.int64(), "width": pa.int64(), "latent_offset": pa.int64(), "latent_crc32": pa.uint32(),
+    "text_offset": pa.int64(), "text_len": pa.int64(), "text_crc32": pa.uint32(), "fps": pa.float64(),
+    "caption": pa.string(), "source": pa.string(),
+}  # fmt: skip
+Kinds = tuple[int, dict[str, int], str]  # channels, dims of the texts by name, dtype
+
+
+def _schema(texts: Collection[str]) -> pa.Schema:
+    """Of the index: other texts than `text` have columns where a sample has them."""
+    more: dict[str, pa.DataType] = {"detailed": pa.string()} if any(t.startswith(DETAILED) for t in texts) else {}
+    for name in texts:
+        if name != "text":
+            more |= {f"{name}_offset": pa.int64(), f"{name}_len": pa.int64(), f"{name}_crc32": pa.uint32()}
+    return pa.schema([pa.field(name, kind, nullable=False) for name, kind in (_COLUMNS | more).items()])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -102,13 +108,16 @@ def read_info(folder: Path) -> dict[str, Any]:
     return info
 
 
-def check_kinds(folder: Path, info: dict[str, Any]) -> tuple[int, int, str]:
-    """channels, text_dim and dtype of cache.json: what its bytes can't be read without.
+def check_kinds(folder: Path, info: dict[str, Any]) -> Kinds:
+    """What of cache.json its bytes can't be read without.
 
     Raises:
         DataError: one is missing, or not what it must be.
     """
-    for name, kind in (("channels", int), ("text_dim", int), ("dtype", str)):
+    dims = {"text": "text_dim"}
+    if "clip_text_dim" in info or "clip_pooled_dim" in info:
+        dims |= {"clip_text": "clip_text_dim", "clip_pooled": "clip_pooled_dim"}
+    for name, kind in (("channels", int), *((name, int) for name in dims.values()), ("dtype", str)):
         if type(info.get(name)) is not kind or (kind is int and not 1 <= info[name] <= MAX_SIDE):
             raise DataError(
                 f"{shown(folder / INFO)}: field `{name}`: expected {kind.__name__}, found {info.get(name)!r}; "
@@ -119,7 +128,7 @@ def check_kinds(folder: Path, info: dict[str, Any]) -> tuple[int, int, str]:
             f"{shown(folder / INFO)}: field `dtype`: expected float16 or bfloat16, found {info['dtype']!r}; "
             "see `sorahpc cache repair`"
         )
-    return info["channels"], info["text_dim"], info["dtype"]
+    return info["channels"], {text: info[name] for text, name in dims.items()}, info["dtype"]
 
 
 def check_info(path: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:
@@ -208,7 +217,7 @@ def build_index(folder: Path, shards: Sequence[str]) -> Summary | None:
         return None
     info = read_info(folder)
     kinds = check_kinds(folder, info)
-    made = assemble(folder, {name: read_shard(folder / name, *kinds) for name in shards})
+    made = assemble(folder, {name: read_shard(folder / name, *kinds) for name in shards}, kinds[1])
     buffer = io.BytesIO()
     pq.write_table(made.table, buffer, compression="zstd")
     data = buffer.getvalue()
@@ -225,7 +234,7 @@ class Assembled:
     rejected: list[dict[str, str]]
 
 
-def assemble(folder: Path, shards: dict[str, Shard]) -> Assembled:
+def assemble(folder: Path, shards: dict[str, Shard], dims: Mapping[str, int]) -> Assembled:
     """What index.parquet and rejected.json hold, from resolved shards in the order of the plan.
 
     Raises:
@@ -258,9 +267,20 @@ def assemble(folder: Path, shards: dict[str, Shard]) -> Assembled:
         "shards": {name: (folder / name).stat().st_size for name in shards},
         "info": (folder / INFO).read_bytes().decode(),  # so that a damaged one is found, and can be put back
     }
-    table = pa.table({n: [r[n] for r in rows] for n in _SCHEMA.names}, schema=_SCHEMA)
+    detailed = any(row["detailed"] for row in rows)
+    schema = _schema([name for name in pieces_of(dims) if detailed or not name.startswith(DETAILED)])
+    table = pa.table({n: [r[n] for r in rows] for n in schema.names}, schema=schema)
     signed = json.dumps({**meta, "sha256": _digest(table, meta)})
     return Assembled(table.replace_schema_metadata({_META: signed.encode()}), meta, rejected)
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the texts of one name lie: offset, length in rows of dim (0: this sample has none), crc; int64 [N] each."""
+
+    offset: np.ndarray
+    length: np.ndarray
+    crc: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -269,8 +289,10 @@ class Index:
 
     Attributes:
         shards: names of the shard files; shard_of: int64 [N], a sample's place in them.
-        keys, captions, sources: list[str]; fps: float64 [N]; shapes: int64 [N,4] (C,T,H,W); text_lens: int64 [N].
-        latent_offset, text_offset: int64 [N], bytes from the start of the shard; latent_crc, text_crc: int64 [N].
+        keys, captions, sources: list[str]; fps: float64 [N]; shapes: int64 [N,4] (C,T,H,W).
+        detailed: list[str], "" where a sample has no detailed caption.
+        latent_offset: int64 [N], bytes from the start of the shard; latent_crc: int64 [N].
+        texts: by name, those of the detailed captions after `detailed_`, which are there if any sample has one.
         mean, std: float32 [C], of the raw latents; std > 0.
     """
 
@@ -279,13 +301,12 @@ class Index:
     keys: list[str]
     captions: list[str]
     sources: list[str]
+    detailed: list[str]
     fps: np.ndarray
     shapes: np.ndarray
     latent_offset: np.ndarray
     latent_crc: np.ndarray
-    text_offset: np.ndarray
-    text_lens: np.ndarray
-    text_crc: np.ndarray
+    texts: dict[str, Places]
     mean: torch.Tensor
     std: torch.Tensor
 
@@ -293,7 +314,7 @@ class Index:
 def _digest(table: pa.Table, meta: dict[str, Any]) -> str:
     """sha256 of an index's values, in hex, whatever version of Parquet they lie in."""
     digest = hashlib.sha256(json.dumps(meta, sort_keys=True).encode())
-    for name in _SCHEMA.names:
+    for name in table.schema.names:
         column = table.column(name)
         text = pa.types.is_string(column.type)
         digest.update(json.dumps(column.to_pylist()).encode() if text else column.to_numpy().tobytes())
@@ -317,8 +338,9 @@ def load_index(folder: Path) -> tuple[pa.Table, dict[str, Any]]:
     except (OSError, ValueError, RecursionError, MemoryError, pa.ArrowException) as error:
         first = (str(error).splitlines() or ["unreadable"])[0]
         raise DataError(f"{name}: damaged: {first}; {_ANEW}") from None
-    if not table.schema.equals(_SCHEMA):
-        raise DataError(f"{name}: columns {_SCHEMA.names} expected, found {table.schema.names}; {_ANEW}")
+    schema = _schema([t for t in pieces_of(dict.fromkeys(TEXTS, 0)) if f"{t}_offset" in table.schema.names])
+    if not table.schema.equals(schema):
+        raise DataError(f"{name}: columns {schema.names} expected, found {table.schema.names}; {_ANEW}")
     if any(column.null_count for column in table.columns):
         raise DataError(f"{name}: a value is missing; {_ANEW}")
     if not isinstance(meta, dict) or meta.get("version") != VERSION:
@@ -333,7 +355,7 @@ def load_index(folder: Path) -> tuple[pa.Table, dict[str, Any]]:
     return table, meta
 
 
-def read_index(folder: Path, channels: int, text_dim: int) -> Index:
+def read_index(folder: Path, channels: int, dims: Mapping[str, int]) -> Index:
     """Read index.parquet, trusting none of its values: each sample's bytes lie inside a shard that is there.
 
     Raises:
@@ -373,13 +395,25 @@ def read_index(folder: Path, channels: int, text_dim: int) -> Index:
     shapes = np.stack([column(n) for n in ("channels", "frames", "height", "width")], axis=1)
     small = (shapes >= 1) & (shapes <= MAX_SIDE)
     need(small.all() and (shapes[:, 0] == channels).all(), f"shapes: [{channels},T,H,W] expected")
-    latent_offset, text_offset, text_lens = column("latent_offset"), column("text_offset"), column("text_len")
+    latent_offset = column("latent_offset")
     # In float64: a product of hostile sizes must not wrap around.
     ends = latent_offset + 2.0 * shapes.astype(float).prod(axis=1)
-    text_ends = text_offset + 2.0 * text_lens * text_dim
     need((latent_offset >= 0).all() and (ends <= sizes[shard_of]).all(), "a latent ends after its shard")
-    need((text_lens >= 1).all() and (text_offset >= 0).all(), "text: length or offset out of range")
-    need((text_ends <= sizes[shard_of]).all(), "a text embedding ends after its shard")
+    second = "detailed" in table.schema.names
+    detailed = table.column("detailed").to_pylist() if second else [""] * len(keys)
+    has = {"": np.ones(len(keys), bool), DETAILED: np.array([bool(d) for d in detailed], bool)}
+    texts = {}
+    for text in pieces_of(dims):
+        prefix = DETAILED if text.startswith(DETAILED) else ""
+        if prefix and not second:
+            continue
+        need(f"{text}_offset" in table.schema.names, f"{text}: no columns")
+        at = texts[text] = Places(column(f"{text}_offset"), column(f"{text}_len"), column(f"{text}_crc32"))
+        one = text.endswith("clip_pooled")
+        fits = (at.length >= 0) & ((at.length > 0) == has[prefix]) & ((at.length <= 1) | (not one))
+        need(fits.all() and (at.offset >= 0).all(), f"{text}: length or offset out of range")
+        text_ends = at.offset + 2.0 * at.length * dims[text.removeprefix(DETAILED)]
+        need((text_ends <= sizes[shard_of]).all(), f"a {text} embedding ends after its shard")
     for stat in ("mean", "std"):
         values = meta.get(stat)
         fits = isinstance(values, list) and len(values) == channels
@@ -392,13 +426,12 @@ def read_index(folder: Path, channels: int, text_dim: int) -> Index:
         keys=keys,
         captions=captions,
         sources=sources,
+        detailed=detailed,
         fps=column("fps", np.float64),
         shapes=shapes,
         latent_offset=latent_offset,
         latent_crc=column("latent_crc32"),
-        text_offset=text_offset,
-        text_lens=text_lens,
-        text_crc=column("text_crc32"),
+        texts=texts,
         mean=mean,
         std=std,
     )

@@ -1,4 +1,4 @@
-"""Detailed captions: what an answer of a language model must be, how it is kept, and which clips are encoded with one.
+"""Detailed captions: what an answer of a language model must be, how it is kept, and how clips come to theirs.
 
     <run>/captions/clips/3f/3f...json      a clip's item: what was asked, every raw answer with the reason it was
     <run>/captions/prompts/...             rejected for, and the caption that was taken; the same for a prompt
@@ -279,7 +279,7 @@ def caption_settings(config: Config) -> str:
     section = config.caption
     assert section is not None
     clip = {"fps": config.clip.fps, "max_frames": config.clip.max_frames} if section.frames else None
-    data = section.model_dump(mode="json", exclude={"path", "endpoint", "resources", "share", "prompt_instruction"})
+    data = section.model_dump(mode="json", exclude={"path", "endpoint", "resources", "clips", "prompt_instruction"})
     # An endpoint is known by its model: the same server has another address in each Slurm job.
     model = section.endpoint.model if section.endpoint else str(section.path)
     return config_hash({**data, "model": model, "instruction": instruction_of(section), "clip": clip, "rules": RULES})
@@ -354,28 +354,22 @@ def read_captions(path: Path) -> tuple[list[Row], str]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The mix of original and detailed captions
+# The manifest as it is encoded
 
 
-def is_detailed(seed: int, key: str, share: float) -> bool:
-    """Whether a clip is one of the `share` that gets its detailed caption: the same clips for any order and number of
-    tasks; those of a smaller share are among those of a larger one."""
-    digest = hashlib.sha256(f"{seed}:{key}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") < share * 2**64
+def with_captions(config: Config, videos: list[Video]) -> tuple[list[Video], dict[str, str]]:
+    """The manifest as it is encoded, and the detailed captions of its clips by their key.
 
-
-def with_captions(config: Config, videos: list[Video]) -> list[Video]:
-    """The manifest as it is encoded: the chosen share of clips has the detailed caption.
-
-    Such a clip has a key of its own, since the cache knows a sample by its bytes and caption: only the shards of clips
-    whose caption changed are made again. Without a section `caption`, or with `share: 0`, rows stay as they are.
+    A clip with a detailed caption has a key of its own, since the cache knows a sample by its bytes and captions: only
+    the shards of clips whose captions changed are made again. Without a section `caption`, or with `clips: false`, rows
+    stay as they are.
 
     Raises:
         DataError: the table is missing, lacks a clip, or was made with other settings.
     """
     section = config.caption
-    if section is None or not section.share:
-        return videos
+    if section is None or not section.clips:
+        return videos, {}
     path = config.run_dir / CAPTIONS
     rows, settings = read_captions(path)
     if settings != caption_settings(config):
@@ -389,10 +383,12 @@ def with_captions(config: Config, videos: list[Video]) -> list[Video]:
             f"{shown(path)}: lacks {len(lacking)} clips of the manifest, such as {shown(lacking[0].path)}; "
             "run `sorahpc caption` again"
         )
-    out = []
+    out, detailed = [], {}
     for video in videos:
-        if video.ok and captions[video.key] and is_detailed(section.seed, video.key, section.share):
-            key = hashlib.sha256(f"{video.key}\0{captions[video.key]}".encode()).hexdigest()[:16]
-            video = dataclasses.replace(video, key=key, caption=captions[video.key])
+        if video.ok and captions[video.key]:
+            text = f"{video.key}\0detailed\0{captions[video.key]}"
+            key = hashlib.sha256(text.encode()).hexdigest()[:16]
+            detailed[key] = captions[video.key]
+            video = dataclasses.replace(video, key=key)
         out.append(video)
-    return out
+    return out, detailed

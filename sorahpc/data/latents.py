@@ -24,6 +24,7 @@ import torch
 from sorahpc.data.cache import INFO, check_info, check_kinds, read_index, read_info
 from sorahpc.data.manifest import shown
 from sorahpc.data.shards import read_empty_text
+from sorahpc.data.texts import DETAILED
 from sorahpc.errors import DataError
 from sorahpc.ops._library import native as _native
 
@@ -61,11 +62,12 @@ class LatentCache:
 
     Attributes:
         info: cache.json. index: index.parquet; what of it is used most is an attribute here too:
-        keys, captions, sources: list[str]; fps: float64 [N]; shapes: int64 [N,4] (C,T,H,W); text_lens: int64 [N].
+        keys, captions, sources: list[str]; fps: float64 [N]; shapes: int64 [N,4] (C,T,H,W).
+        detailed: list[str], a sample's detailed caption, or "". text_lens: int64 [N], T5 tokens of its caption.
         ids: int64 [N], a sample's stable id: the upper 63 bits of its key.
         mean, std: float32 [C], of the raw latents; std > 0.
-        empty_text: float32 [L,dim], the empty caption's embedding.
-        channels, text_dim: int; dtype: ``"float16"`` or ``"bfloat16"``.
+        empty_texts: float32 [L,dim] by name, the empty caption's embeddings.
+        channels: int; dims: of the texts, by name; dtype: ``"float16"`` or ``"bfloat16"``.
     """
 
     _files: OrderedDict[str, _File]
@@ -85,66 +87,85 @@ class LatentCache:
         self.info = read_info(self.path)
         if expect:
             check_info(self.path / INFO, self.info, json.loads(json.dumps(expect)))
-        self.channels, self.text_dim, self.dtype = check_kinds(self.path, self.info)
-        index = self.index = read_index(self.path, self.channels, self.text_dim)
+        self.channels, self.dims, self.dtype = check_kinds(self.path, self.info)
+        index = self.index = read_index(self.path, self.channels, self.dims)
         self.keys, self.captions, self.sources = index.keys, index.captions, index.sources
-        self.fps, self.shapes, self.text_lens = index.fps, index.shapes, index.text_lens
+        self.detailed, self.fps, self.shapes = index.detailed, index.fps, index.shapes
+        self.text_lens = index.texts["text"].length
         self.ids = np.array([int(k, 16) >> 1 for k in self.keys], np.int64)
         self.mean, self.std = index.mean, index.std
-        self.empty_text = read_empty_text(self.path, self.text_dim, self.dtype)
+        self.empty_texts = read_empty_text(self.path, self.dims, self.dtype)
         self._forget_files()
 
     def __len__(self) -> int:
         return len(self.keys)
 
-    def nbytes(self, samples: Sequence[int]) -> int:
+    def nbytes(self, samples: Sequence[int], detailed: Sequence[bool] | None = None) -> int:
         """Bytes that `read_bits` writes for these samples: their latents and texts, two bytes a value."""
-        at = self.index
-        chosen = np.asarray(samples, np.int64)
-        return int(2 * (self.shapes[chosen].prod(axis=1) + at.text_lens[chosen] * self.text_dim).sum())
+        return sum(piece.nbytes for _, parts in self._plan(samples, detailed) for _, piece, _ in parts)
 
-    def read(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sample i: (raw latent float32 [C,T,H,W], text embedding float32 [L,dim]).
+    def read(self, i: int, detailed: bool = False) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Sample i: (raw latent float32 [C,T,H,W], its texts float32 [L,dim] by name).
 
         Raises:
             DataError: as `read_bits`.
         """
-        ((z, e),) = self.read_bits([i], torch.empty(self.nbytes([i]), dtype=torch.uint8))
-        return z.float(), e.float()
+        out = torch.empty(self.nbytes([i], [detailed]), dtype=torch.uint8)
+        ((z, texts),) = self.read_bits([i], out, [detailed])
+        return z.float(), {name: e.float() for name, e in texts.items()}
 
-    def read_bits(self, samples: Sequence[int], out: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def read_bits(
+        self, samples: Sequence[int], out: torch.Tensor, detailed: Sequence[bool] | None = None
+    ) -> list[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
         """Read samples as they are stored, over `READ_THREADS` threads, and check the crc32 of each piece.
 
         Args:
             samples: indices; one may come more than once.
-            out: uint8 [n] on the CPU, n >= ``nbytes(samples)``: where the bytes go. Pinned memory is the caller's to
-                ask for.
+            out: uint8 [n] on the CPU, n >= ``nbytes(samples, detailed)``: where the bytes go. Pinned memory is the
+                caller's to ask for.
+            detailed: for each sample, whether to read the texts of its detailed caption, if it has one, in place of its
+                caption's; None: of none.
 
         Returns:
-            A sample each: (latent [C,T,H,W], text [L,dim]), float16 or bfloat16, both views of `out`.
+            A sample each: (latent [C,T,H,W], texts [L,dim] by name), float16 or bfloat16, all views of `out`.
 
         Raises:
             DataError: naming shard and sample: the bytes are not those that were written, or can't be read.
         """
-        at = self.index
-        pieces, views, place = [], [], 0
-        for i in samples:
-            shape, length = tuple(int(v) for v in self.shapes[i]), int(self.text_lens[i])
-            z = _Piece(int(i), "latent", int(at.latent_offset[i]), 2 * math.prod(shape), place, int(at.latent_crc[i]))
-            place += z.nbytes
-            text_bytes = 2 * length * self.text_dim
-            e = _Piece(int(i), "text", int(at.text_offset[i]), text_bytes, place, int(at.text_crc[i]))
-            place += e.nbytes
-            pieces += [z, e]
-            views.append((z, shape, e, (length, self.text_dim)))
-        assert out.dtype == torch.uint8 and out.ndim == 1 and out.is_contiguous() and len(out) >= place, out.shape
+        plan = self._plan(samples, detailed)
+        pieces = [piece for _, parts in plan for _, piece, _ in parts]
+        end = pieces[-1].place + pieces[-1].nbytes if pieces else 0
+        assert out.dtype == torch.uint8 and out.ndim == 1 and out.is_contiguous() and len(out) >= end, out.shape
         self._read_pieces(pieces, out.numpy())
-        bits = out[:place].view(getattr(torch, self.dtype))
+        bits = out[:end].view(getattr(torch, self.dtype))
+        results = []
+        for _, parts in plan:
+            views = {
+                name: bits[piece.place // 2 : (piece.place + piece.nbytes) // 2].view(shape)
+                for name, piece, shape in parts
+            }
+            results.append((views.pop("latent"), views))
+        return results
 
-        def view(piece: _Piece, shape: tuple[int, ...]) -> torch.Tensor:
-            return bits[piece.place // 2 : (piece.place + piece.nbytes) // 2].view(shape)
-
-        return [(view(z, z_shape), view(e, e_shape)) for z, z_shape, e, e_shape in views]
+    def _plan(
+        self, samples: Sequence[int], detailed: Sequence[bool] | None
+    ) -> list[tuple[int, list[tuple[str, _Piece, tuple[int, ...]]]]]:
+        """(sample, its pieces: (name, piece, shape)) of each sample, one after the other in the caller's buffer."""
+        at = self.index
+        plan, place = [], 0
+        for k, i in enumerate(map(int, samples)):
+            prefix = DETAILED if detailed is not None and detailed[k] and at.detailed[i] else ""
+            shape = tuple(int(v) for v in self.shapes[i])
+            found = [("latent", int(at.latent_offset[i]), shape, int(at.latent_crc[i]))]
+            for name, dim in self.dims.items():
+                text = at.texts[prefix + name]
+                found.append((name, int(text.offset[i]), (int(text.length[i]), dim), int(text.crc[i])))
+            parts = []
+            for name, offset, size, crc in found:
+                parts.append((name, _Piece(i, name, offset, 2 * math.prod(size), place, crc), size))
+                place += 2 * math.prod(size)
+            plan.append((i, parts))
+        return plan
 
     def _read_pieces(self, pieces: list[_Piece], out: np.ndarray) -> None:
         at = self.index

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import errno
 import json
-import math
 import os
 import shutil
 import socket
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from sorahpc.data.cache import (
     INDEX,
     INFO,
     SHARD,
+    Kinds,
     assemble,
     build_index,
     check_info,
@@ -41,10 +41,12 @@ from sorahpc.data.shards import (
     Shard,
     check_seal,
     crc32,
+    pieces,
     read_empty_text,
     read_shard,
     remove_stale_parts,
 )
+from sorahpc.data.texts import DETAILED
 from sorahpc.errors import ConfigError, DataError
 from sorahpc.runs import atomic_write, fsync_dir, write_json
 
@@ -152,9 +154,7 @@ def _plain(error: Exception, path: Path) -> str:
     return text.removeprefix(f"{shown(path)}: ")
 
 
-def _check_shard(
-    path: Path, kinds: tuple[int, int, str] | None, rows: list[dict[str, Any]]
-) -> tuple[Shard | None, list[Fault]]:
+def _check_shard(path: Path, kinds: Kinds | None, rows: list[dict[str, Any]]) -> tuple[Shard | None, list[Fault]]:
     """Read a shard, all of it. Returns it resolved if nothing is wrong with it, and its faults."""
     faults = []
     shard = None
@@ -181,14 +181,10 @@ def _check_shard(
     return (None if faults else shard), faults
 
 
-def _check_sample(file: Any, name: str, row: dict[str, Any], text_dim: int) -> list[Fault]:
-    pieces = (
-        ("latent", row["latent_offset"], 2 * math.prod(_shape(row)), row["latent_crc32"]),
-        ("text", row["text_offset"], 2 * row["text_len"] * text_dim, row["text_crc32"]),
-    )
+def _check_sample(file: Any, name: str, row: dict[str, Any], dims: Mapping[str, int]) -> list[Fault]:
     size = os.fstat(file.fileno()).st_size
     faults = []
-    for what, offset, nbytes, crc in pieces:
+    for what, offset, nbytes, crc in pieces(row, dims):
         if not 0 <= offset <= offset + nbytes <= size:
             faults.append(Fault(name, row["key"], f"its {what} ends after the file: {nbytes} bytes at {offset}"))
             continue
@@ -201,15 +197,11 @@ def _check_sample(file: Any, name: str, row: dict[str, Any], text_dim: int) -> l
     return faults
 
 
-def _shape(row: dict[str, Any]) -> tuple[int, int, int, int]:
-    return row["channels"], row["frames"], row["height"], row["width"]
-
-
 def _against_shards(
-    folder: Path, table: Any, meta: dict[str, Any], shards: dict[str, Shard], kinds: tuple[int, int, str]
+    folder: Path, table: Any, meta: dict[str, Any], shards: dict[str, Shard], kinds: Kinds
 ) -> list[Fault]:
     """Index and list of rejected clips against whole shards."""
-    anew = assemble(folder, shards)
+    anew = assemble(folder, shards, kinds[1])
     faults = []
     for row, expected in zip(table.to_pylist(), anew.table.to_pylist(), strict=False):
         wrong = [f"{k} {expected[k]!r} expected, found {row[k]!r}" for k in expected if row[k] != expected[k]]
@@ -387,7 +379,8 @@ def _link_or_copy(source: Path, target: Path) -> str:
 
 
 def list_samples(folder: Path) -> list[dict[str, Any]]:
-    """A row a sample: key, shard, shape (C,T,H,W), frames (of the clip), duration_s, tokens, text_len, caption, source.
+    """A row a sample: key, shard, shape (C,T,H,W), frames (of the clip), duration_s, tokens, text_len, caption,
+    detailed, source.
 
     `tokens` is of patches of one latent frame and of `patch_hw` of cache.json; `frames` and `duration_s` are the
     clip's, as it was encoded.
@@ -406,7 +399,7 @@ def list_samples(folder: Path) -> list[dict[str, Any]]:
                 "key": key, "shard": cache.index.shards[cache.index.shard_of[i]], "shape": [c, t, h, w],
                 "frames": frames, "duration_s": frames / float(cache.fps[i]) if cache.fps[i] > 0 else 0.0,
                 "tokens": t * (h // ph) * (w // pw), "text_len": int(cache.text_lens[i]),
-                "caption": cache.captions[i], "source": cache.sources[i],
+                "caption": cache.captions[i], "detailed": cache.detailed[i], "source": cache.sources[i],
             }
         )  # fmt: skip
     return rows
@@ -438,7 +431,9 @@ def stats(folder: Path, read: int) -> dict[str, Any]:
     values = {name: [row[name] for row in rows] for name in ("frames", "duration_s", "tokens", "text_len")}
     values["aspect"] = [row["shape"][3] / row["shape"][2] for row in rows]
     latent = int(2 * cache.shapes.prod(axis=1).sum())
-    text = int(2 * cache.text_lens.sum() * cache.text_dim)
+    text = sum(
+        int(2 * at.length.sum() * cache.dims[name.removeprefix(DETAILED)]) for name, at in cache.index.texts.items()
+    )
     disk = sum((folder / name).stat().st_size for name in cache.index.shards)
     shapes = Counter("x".join(map(str, row["shape"][1:])) for row in rows)
     return {

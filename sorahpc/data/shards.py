@@ -4,11 +4,12 @@ A shard is written under a temporary name, closed, opened again and verified, fs
 a shard that exists is done, and a kill leaves at worst a `.part` file that nobody reads.
 
 Inside there is one dataset a latent shape, `latents/CxTxHxW` [N,C,T,H,W], chunk = one sample, no filter, so that a
-sample is one run of bytes; `text` [sum of L_i, dim], embeddings without padding; and one-dimensional datasets with a
-value a sample (`keys`, `captions`, `shapes`, ...). Values are fp16, or bf16 as uint16 with the attribute
-`torch_dtype`. Any HDF5 tool reads them. Where a sample's bytes lie is resolved through HDF5 once, by `read_shard`.
+sample is one run of bytes; `text` [sum of L_i, dim], embeddings without padding, and the others of texts.py where
+there are any; and one-dimensional datasets with a value a sample (`keys`, `captions`, `shapes`, ...). Values are fp16,
+or bf16 as uint16 with the attribute `torch_dtype`. Any HDF5 tool reads them. Where a sample's bytes lie is resolved
+through HDF5 once, by `read_shard`.
 
-`empty_text.h5` holds the empty caption's embedding in the same way.
+`empty_text.h5` holds the empty caption's embeddings in the same way.
 
 After the end of the HDF5 file, where its readers don't look, both have a seal of 24 bytes: the crc32 of all before it.
 So any flipped bit is found, those between the samples too, at the price of one read of the file by its writer.
@@ -24,6 +25,7 @@ import re
 import socket
 import time
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,7 @@ import numpy as np
 import torch
 
 from sorahpc.data.manifest import shown
+from sorahpc.data.texts import DETAILED, TEXTS, Texts
 from sorahpc.errors import DataError, SetupError
 from sorahpc.ops._library import native
 from sorahpc.runs import atomic_write, fsync_dir
@@ -46,6 +49,7 @@ _SEAL = re.compile(rb"sorahpc crc32 ([0-9a-f]{8})\r\n")  # \r\n: a transfer as t
 SEAL_BYTES = 24
 _MAX_SAMPLES = 1 << 20  # a shard; more is not ours
 KEY = re.compile(r"[0-9a-f]{16}")
+_ONE = ("clip_pooled", DETAILED + "clip_pooled")  # of the whole caption: one row each
 
 
 def _h5py() -> Any:
@@ -135,14 +139,14 @@ class ShardWriter:
     Args:
         folder, name: where to, and the name from the plan.
         dtype: storage dtype, ``"float16"`` or ``"bfloat16"``.
-        channels, text_dim: what every sample must have.
+        channels, dims: what every sample must have; dims of its texts, by name (texts.py).
     """
 
     folder: Path
     name: str
     dtype: str
     channels: int
-    text_dim: int
+    dims: Mapping[str, int]
     samples: list[dict[str, Any]] = field(default_factory=list)
     rejected: list[dict[str, str]] = field(default_factory=list)
 
@@ -150,36 +154,43 @@ class ShardWriter:
         self,
         key: str,
         latent: torch.Tensor,
-        text: torch.Tensor,
+        texts: Texts,
         caption: str,
         fps: float,
         source: str,
         decoder: str = "pyav",
+        detailed: str = "",
     ) -> None:
         """Take a sample.
 
         Args:
             key: 16 hex digits.
             latent: float32 [C,T,H,W], raw.
-            text: float32 [L,dim], L >= 1.
+            texts: float32 [L,dim] by name, L >= 1.
             decoder: who read the video.
+            detailed: its second caption, whose texts are in `texts` too, after `detailed_`.
 
         Raises:
             DataError: naming the clip: values that are not finite, or beyond the storage dtype.
         """
         assert KEY.fullmatch(key) and latent.ndim == 4 and latent.shape[0] == self.channels, (key, latent.shape)
-        assert text.ndim == 2 and len(text) >= 1 and text.shape[1] == self.text_dim, text.shape
+        expected = {name for name in pieces_of(self.dims) if detailed or not name.startswith(DETAILED)}
+        assert set(texts) == expected, (set(texts), expected)
+        for name, text in texts.items():
+            dim = self.dims[name.removeprefix(DETAILED)]
+            assert text.ndim == 2 and len(text) >= 1 and text.shape[1] == dim, (name, text.shape, dim)
         what = f"{shown(source)}: sample {key}:"
         z = _to_bits(latent.float(), self.dtype, f"{what} latent")
-        e = _to_bits(text.float(), self.dtype, f"{what} text embedding")
+        e = {name: _to_bits(text.float(), self.dtype, f"{what} {name} embedding") for name, text in texts.items()}
         # Of the values as stored, since training sees those. In float64 the sums are good to 1e-9 for any clip.
         stored = from_bits(z.tobytes(), self.dtype).reshape(z.shape).double().flatten(1)
         self.samples.append(
             {
                 "key": key, "z": z, "e": e, "caption": clean_caption(caption), "fps": float(fps),
-                "source": shown(source), "z_crc": zlib.crc32(z.tobytes()), "e_crc": zlib.crc32(e.tobytes()),
+                "source": shown(source), "z_crc": zlib.crc32(z.tobytes()),
+                "e_crc": {name: zlib.crc32(bits.tobytes()) for name, bits in e.items()},
                 "sum": stored.sum(1).numpy(), "sumsq": stored.square().sum(1).numpy(), "count": stored.shape[1],
-                "decoder": decoder,
+                "decoder": decoder, "detailed": clean_caption(detailed),
             }
         )  # fmt: skip
 
@@ -205,7 +216,7 @@ class ShardWriter:
                 file.flush()
                 os.fsync(file.fileno())
             del image
-            rows = read_shard(part, self.channels, self.text_dim, self.dtype).rows
+            rows = read_shard(part, self.channels, self.dims, self.dtype).rows
             self._verify(part, rows)
             os.replace(part, final)
             fsync_dir(self.folder)
@@ -238,18 +249,12 @@ class ShardWriter:
                     data.id.write_direct_chunk((row, 0, 0, 0, 0), sample["z"].tobytes())
                     rows[sample["key"]] = row
                     offsets[sample["key"]] = data.id.get_chunk_info_by_coord((row, 0, 0, 0, 0)).byte_offset
-            lengths = [len(s["e"]) for s in self.samples]
-            if self.samples:
-                f.create_dataset("text", data=np.concatenate([s["e"] for s in self.samples]))
-                f["text"].attrs["torch_dtype"] = self.dtype
             column = {
                 "keys": np.array([s["key"].encode() for s in self.samples], "S16"),
                 "shapes": np.array([s["z"].shape for s in self.samples], "<i8").reshape(-1, 4),
                 "rows": np.array([rows[s["key"]] for s in self.samples], "<i8"),
                 "byte_offsets": np.array([offsets[s["key"]] for s in self.samples], "<i8"),
                 "latent_crc32": np.array([s["z_crc"] for s in self.samples], "<u4"),
-                "text_offsets": np.cumsum([0, *lengths], dtype="<i8"),
-                "text_crc32": np.array([s["e_crc"] for s in self.samples], "<u4"),
                 "fps": np.array([s["fps"] for s in self.samples], "<f8"),
                 "stats/sum": np.sum([s["sum"] for s in self.samples], axis=0)
                 if self.samples
@@ -259,30 +264,38 @@ class ShardWriter:
                 else np.zeros(self.channels),
                 "stats/count": np.array(sum(s["count"] for s in self.samples), "<i8"),  # values a channel
             }
+            for name in pieces_of(self.dims):
+                found = [s["e"][name] for s in self.samples if name in s["e"]]
+                if found:
+                    f.create_dataset(name, data=np.concatenate(found)).attrs["torch_dtype"] = self.dtype
+                if found or not name.startswith(DETAILED):
+                    lengths = [len(s["e"].get(name, ())) for s in self.samples]
+                    column[f"{name}_offsets"] = np.cumsum([0, *lengths], dtype="<i8")
+                    column[f"{name}_crc32"] = np.array([s["e_crc"].get(name, 0) for s in self.samples], "<u4")
             for name, values in column.items():
                 f.create_dataset(name, data=values)
             # Who read each video; without it all were read by PyAV, as before there was a choice.
-            told = ("decoder",) if any(s["decoder"] != "pyav" for s in self.samples) else ()
-            for name in ("caption", "source", *told):
-                f.create_dataset(
-                    f"{name}s", data=[s[name] for s in self.samples], shape=(len(self.samples),), dtype=text
-                )
+            told = {"decoders": "decoder"} if any(s["decoder"] != "pyav" for s in self.samples) else {}
+            if any(s["detailed"] for s in self.samples):
+                told["detailed_captions"] = "detailed"
+            for dataset, name in {"captions": "caption", "sources": "source", **told}.items():
+                f.create_dataset(dataset, data=[s[name] for s in self.samples], shape=(len(self.samples),), dtype=text)
             f.create_dataset(
                 "rejected", data=[json.dumps(r) for r in self.rejected], shape=(len(self.rejected),), dtype=text
             )
 
     def _verify(self, part: Path, rows: list[dict[str, Any]]) -> None:
-        expected = [(s["key"], s["z_crc"], s["e_crc"], s["caption"]) for s in self.samples]
-        if [(r["key"], r["latent_crc32"], r["text_crc32"], r["caption"]) for r in rows] != expected:
+        expected = [(s["key"], s["z_crc"], s["e_crc"], s["caption"], s["detailed"]) for s in self.samples]
+        sums = [{name: crc for name, _, _, crc in text_pieces(row)} for row in rows]
+        found = [
+            (r["key"], r["latent_crc32"], crcs, r["caption"], r["detailed"]) for r, crcs in zip(rows, sums, strict=True)
+        ]
+        if found != expected:
             raise DataError(f"{shown(part)}: the shard doesn't read back as it was written; run again")
         check_seal(part)
         with open(part, "rb") as f:
             for row in rows:
-                nbytes = 2 * row["channels"] * row["frames"] * row["height"] * row["width"]
-                for start, count, crc in (
-                    (row["latent_offset"], nbytes, row["latent_crc32"]),
-                    (row["text_offset"], 2 * row["text_len"] * self.text_dim, row["text_crc32"]),
-                ):
+                for _, start, count, crc in pieces(row, self.dims):
                     f.seek(start)
                     if zlib.crc32(f.read(count)) != crc:
                         raise DataError(
@@ -290,15 +303,16 @@ class ShardWriter:
                         )
 
 
-def write_empty_text(folder: Path, text: torch.Tensor, dtype: str) -> None:
-    """Store the empty caption's embedding [L,dim] once; a file that exists is kept."""
+def write_empty_text(folder: Path, texts: Texts, dtype: str) -> None:
+    """Store the empty caption's embeddings, [L,dim] by name, once; a file that exists is kept."""
     path = folder / EMPTY_TEXT
     if path.exists():
         return
-    bits = _to_bits(text.float(), dtype, "embedding of the empty caption:")
     buffer = io.BytesIO()
     with _h5py().File(buffer, "w", libver=("v110", "v110")) as f:
-        f.create_dataset("text", data=bits).attrs["torch_dtype"] = dtype
+        for name, text in texts.items():
+            bits = _to_bits(text.float(), dtype, f"{name} embedding of the empty caption:")
+            f.create_dataset(name, data=bits).attrs["torch_dtype"] = dtype
     data = buffer.getvalue()
     try:
         atomic_write(path, data + _seal(crc32(data)))
@@ -337,6 +351,24 @@ def _alive(pid: int) -> bool:
 # Reading
 
 
+def pieces_of(dims: Mapping[str, int]) -> list[str]:
+    """Names of all texts that a sample may have in a cache whose texts have these dims."""
+    return [prefix + name for prefix in ("", DETAILED) for name in TEXTS if name in dims]
+
+
+def text_pieces(row: Mapping[str, Any]) -> list[tuple[str, int, int, int]]:
+    """(name, offset, length, crc32) of the texts that a sample has, by its row of the index; length in rows of dim."""
+    names = [prefix + name for prefix in ("", DETAILED) for name in TEXTS if row.get(f"{prefix}{name}_len")]
+    return [(name, row[f"{name}_offset"], row[f"{name}_len"], row[f"{name}_crc32"]) for name in names]
+
+
+def pieces(row: Mapping[str, Any], dims: Mapping[str, int]) -> list[tuple[str, int, int, int]]:
+    """(name, offset, number of bytes, crc32) of all that a sample has, its latent first, by its row of the index."""
+    nbytes = 2 * row["channels"] * row["frames"] * row["height"] * row["width"]
+    texts = [(name, at, 2 * n * dims[name.removeprefix(DETAILED)], crc) for name, at, n, crc in text_pieces(row)]
+    return [("latent", row["latent_offset"], nbytes, row["latent_crc32"]), *texts]
+
+
 @dataclass(frozen=True)
 class Shard:
     rows: list[dict[str, Any]]  # of the index, without `shard`
@@ -346,8 +378,10 @@ class Shard:
     count: int
 
 
-def read_shard(path: Path, channels: int, text_dim: int, dtype: str) -> Shard:
+def read_shard(path: Path, channels: int, dims: Mapping[str, int], dtype: str) -> Shard:
     """Resolve a shard through HDF5, trusting none of its values. Sample bytes are not read, nor held against the seal.
+
+    A row has `detailed` and the offset, len and crc32 of each of `pieces_of(dims)`, empty where it has no such text.
 
     Raises:
         DataError: it can't be opened, or a value is out of its bounds.
@@ -397,27 +431,41 @@ def read_shard(path: Path, channels: int, text_dim: int, dtype: str) -> Shard:
                 "`shapes`: out of range",
             )
             rows_of, stored = column("rows", (n,), "<i8"), column("byte_offsets", (n,), "<i8")
-            crc, text_crc = column("latent_crc32", (n,), "<u4"), column("text_crc32", (n,), "<u4")
-            bounds, fps = column("text_offsets", (n + 1,), "<i8"), column("fps", (n,), "<f8")
-            need(bounds[0] == 0 and (n == 0 or np.diff(bounds).min() >= 1), "`text_offsets`: must rise from 0")
+            crc, fps = column("latent_crc32", (n,), "<u4"), column("fps", (n,), "<f8")
             captions, sources = strings("captions", n), strings("sources", n)
+            detailed = strings("detailed_captions", n) if "detailed_captions" in f else [""] * n
             total, squares = column("stats/sum", (channels,), "<f8"), column("stats/sumsq", (channels,), "<f8")
             count = int(column("stats/count", (), "<i8"))
             need(np.isfinite(total).all() and np.isfinite(squares).all() and count >= 0, "`stats`: out of range")
 
-            text_at = 0
-            if n:
-                text = f.get("text")
-                need(
-                    isinstance(text, h5py.Dataset) and text.shape == (int(bounds[-1]), text_dim), "`text`: wrong shape"
-                )
-                need(
-                    text.dtype.itemsize == 2 and text.chunks is None, "`text`: two bytes a value, contiguous, expected"
-                )
-                found_at = text.id.get_offset()
-                need(found_at is not None, "`text`: has no bytes in the file")
-                text_at = int(found_at)
-                need(text_at + 2 * text_dim * int(bounds[-1]) <= size, "`text`: ends after the file")
+            texts: list[dict[str, int]] = [{} for _ in range(n)]
+            for name in pieces_of(dims):
+                second = name.startswith(DETAILED)
+                dim = dims[name.removeprefix(DETAILED)]
+                if second and not any(detailed):
+                    for place in texts:
+                        place |= {f"{name}_offset": 0, f"{name}_len": 0, f"{name}_crc32": 0}
+                    continue
+                bounds, sums = column(f"{name}_offsets", (n + 1,), "<i8"), column(f"{name}_crc32", (n,), "<u4")
+                lengths = np.diff(bounds)
+                there = np.array([bool(d) for d in detailed] if second else [True] * n, bool)
+                need(bounds[0] == 0 and (lengths >= 0).all(), f"`{name}_offsets`: must rise from 0")
+                need(((lengths > 0) == there).all(), f"`{name}_offsets`: a caption without embedding, or the reverse")
+                need(name not in _ONE or (lengths[there] == 1).all(), f"`{name}_offsets`: one row a sample expected")
+                at = 0
+                if n:
+                    text = f.get(name)
+                    fits = isinstance(text, h5py.Dataset) and text.shape == (int(bounds[-1]), dim)
+                    need(fits, f"`{name}`: wrong shape")
+                    plain = text.dtype.itemsize == 2 and text.chunks is None
+                    need(plain, f"`{name}`: two bytes a value, contiguous, expected")
+                    found_at = text.id.get_offset()
+                    need(found_at is not None, f"`{name}`: has no bytes in the file")
+                    at = int(found_at)
+                    need(at + 2 * dim * int(bounds[-1]) <= size, f"`{name}`: ends after the file")
+                for i, place in enumerate(texts):
+                    place[f"{name}_offset"] = at + 2 * dim * int(bounds[i]) if there[i] else 0
+                    place[f"{name}_len"], place[f"{name}_crc32"] = int(lengths[i]), int(sums[i])
             tables: dict[tuple[int, ...], dict[int, int]] = {}
             for shape in {tuple(int(v) for v in s) for s in shapes}:
                 data = f.get("latents/" + "x".join(map(str, shape)))
@@ -439,9 +487,8 @@ def read_shard(path: Path, channels: int, text_dim: int, dtype: str) -> Shard:
                     {
                         "key": key, "channels": shape[0], "frames": shape[1], "height": shape[2], "width": shape[3],
                         "latent_offset": offset, "latent_crc32": int(crc[i]),
-                        "text_offset": text_at + 2 * text_dim * int(bounds[i]),
-                        "text_len": int(bounds[i + 1] - bounds[i]), "text_crc32": int(text_crc[i]),
-                        "fps": float(fps[i]), "caption": captions[i], "source": sources[i],
+                        "fps": float(fps[i]), "caption": captions[i], "source": sources[i], "detailed": detailed[i],
+                        **texts[i],
                     }
                 )  # fmt: skip
             rejected = [json.loads(line) for line in strings("rejected", None)]
@@ -461,24 +508,23 @@ def read_shard(path: Path, channels: int, text_dim: int, dtype: str) -> Shard:
         raise DataError(f"{shown(path)}: damaged shard: {first}; delete it and run `sorahpc encode` again") from None
 
 
-def read_empty_text(folder: Path, text_dim: int, dtype: str) -> torch.Tensor:
-    """The empty caption's embedding, float32 [L,text_dim]. Raises DataError where it is missing or damaged."""
+def read_empty_text(folder: Path, dims: Mapping[str, int], dtype: str) -> dict[str, torch.Tensor]:
+    """The empty caption's embeddings, float32 [L,dim] by name. Raises DataError where one is missing or damaged."""
     path = folder / EMPTY_TEXT
+    out = {}
     try:
         check_seal(path)
         with _h5py().File(path, "r", locking=False) as f:
-            data = f["text"]
-            if (
-                data.ndim != 2
-                or data.shape[1] != text_dim
-                or not 1 <= data.shape[0] <= 65_536
-                or data.dtype.itemsize != 2
-            ):
-                raise ValueError(f"[L,{text_dim}] of two bytes a value expected, found {data.shape} {data.dtype}")
-            bits = np.ascontiguousarray(data[()]).tobytes()
+            for name, dim in dims.items():
+                data = f[name]
+                small = data.ndim == 2 and data.shape[1] == dim and 1 <= data.shape[0] <= 65_536
+                if not small or data.dtype.itemsize != 2:
+                    found = f"{data.shape} {data.dtype}"
+                    raise ValueError(f"`{name}`: [L,{dim}] of two bytes a value expected, found {found}")
+                out[name] = from_bits(np.ascontiguousarray(data[()]).tobytes(), dtype).view(-1, dim)
     except DataError as error:
         raise DataError(f"{error}; delete it and run `sorahpc encode` again") from None
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         first = (str(error).splitlines() or ["unreadable"])[0]
         raise DataError(f"{shown(path)}: {first}; delete it and run `sorahpc encode` again") from None
-    return from_bits(bits, dtype).view(-1, text_dim)
+    return out

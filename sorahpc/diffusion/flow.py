@@ -21,10 +21,11 @@ class Draw:
 
     t: float
     drop_text: bool
+    detailed: bool  # its detailed caption, if it has one
 
 
 def draw(seed: int, sample_id: int, visit: int, train: TrainConfig) -> Draw:
-    """Timestep and text drop of one sample.
+    """Timestep and text of one sample.
 
     t is the sigmoid of a normal (Esser et al. 2024, section 3.1), or uniform for a share `t_uniform`, then shifted
     towards noise: t' = s t / (1 + (s - 1) t).
@@ -36,7 +37,12 @@ def draw(seed: int, sample_id: int, visit: int, train: TrainConfig) -> Draw:
     u_mix, u_t, u_drop = generator.random(3)
     normal = generator.standard_normal()
     t = u_t if u_mix < train.t_uniform else 1.0 / (1.0 + np.exp(-(train.t_mean + train.t_std * normal)))
-    return Draw(t=shift_timestep(float(t), train.t_shift), drop_text=bool(u_drop < train.text_drop))
+    u_detailed = generator.random()
+    return Draw(
+        t=shift_timestep(float(t), train.t_shift),
+        drop_text=bool(u_drop < train.text_drop),
+        detailed=bool(u_detailed < train.detailed_share),
+    )
 
 
 def shift_timestep(t: float, shift: float) -> float:

@@ -2,7 +2,7 @@
 
 Pure functions over a pack of tokens, so that they test against fields whose solution is known. Time runs as in
 training: t = 1 is noise, t = 0 is data, ``x_t = (1 - t) x0 + t eps``, velocity ``dx/dt = eps - x0``
-(rectified flow, arXiv 2209.03003). Shapes: L tokens of the pack, P numbers a token, S samples, Dt text dim.
+(rectified flow, arXiv 2209.03003). Shapes: L tokens of the pack, P numbers a token, S samples.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+
+from sorahpc.data.texts import Texts, join_texts
 
 Velocity = Callable[[Tensor, float], Tensor]
 """(x [L, P] float32, t) -> dx/dt [L, P] float32."""
@@ -51,10 +53,10 @@ def euler(velocity: Velocity, x: Tensor, steps: int, t_shift: float = 1.0) -> Te
 
 
 def guided(
-    model: Callable[[Tensor, Tensor, Tensor, Tensor, list[int]], Tensor],
+    model: Callable[..., Tensor],
     grids: Tensor,
-    texts: Sequence[Tensor],
-    empty_text: Tensor,
+    texts: Sequence[Texts],
+    empty: Texts,
     scale: float,
 ) -> Velocity:
     """The velocity of a pack with classifier-free guidance: ``v = v_u + scale (v_c - v_u)`` (arXiv 2207.12598).
@@ -63,25 +65,24 @@ def guided(
     to the conditional one, so only that is computed, at half the price.
 
     Args:
-        model: forward(tokens [L, P], t [S], grids [S, 3], text [Lt, Dt], text_lens) -> velocity [L, P] float32.
+        model: forward(tokens [L, P], t [S], grids [S, 3], *PackTexts) -> velocity [L, P] float32.
         grids: int64 CPU [S, 3], counts of patches (T, H, W) of each sample.
-        texts: S text embeddings [L_i, Dt], unpadded.
-        empty_text: [L0, Dt], the embedding of the empty caption.
+        texts: the embeddings of S captions, [L_i, Dt] by name, unpadded.
+        empty: those of the empty caption.
         scale: guidance; 0 is unconditional, 1 conditional, above 1 sharper than the data.
     """
     num_samples = len(texts)
     if grids.shape != (num_samples, 3):
         raise ValueError(f"grids: [{num_samples}, 3] for {num_samples} texts, not {list(grids.shape)}")
     both = scale != 1.0
-    pack = [*texts, *([empty_text] * num_samples if both else [])]
-    text, text_lens = torch.cat(pack), [len(e) for e in pack]
+    pack = join_texts([*texts, *([empty] * num_samples if both else [])])
     pack_grids = torch.cat([grids, grids]) if both else grids
 
     def velocity(x: Tensor, t: float) -> Tensor:
-        times = torch.full((len(pack),), t, dtype=torch.float32, device=x.device)
+        times = torch.full((len(pack_grids),), t, dtype=torch.float32, device=x.device)
         if not both:
-            return model(x, times, pack_grids, text, text_lens)
-        cond, uncond = model(torch.cat([x, x]), times, pack_grids, text, text_lens).chunk(2)
+            return model(x, times, pack_grids, *pack)
+        cond, uncond = model(torch.cat([x, x]), times, pack_grids, *pack).chunk(2)
         return uncond + scale * (cond - uncond)
 
     return velocity

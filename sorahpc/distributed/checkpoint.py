@@ -24,6 +24,7 @@ import os
 import pickle
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,8 @@ class Meta:
     samples: int  # in the cache it was trained on
     cache: dict[str, Any]  # the cache's cache.json: VAE and text encoder with their weights' sha256
     world: dict[str, int]  # layout that wrote it
+    clip_text_dim: int = 0  # 0 without CLIP
+    clip_pooled_dim: int = 0
     format: int = FORMAT
 
 
@@ -289,12 +292,14 @@ def _slice(path: Path, offset: int, length: int) -> bytes:
         return f.read(length)
 
 
-def check_model(meta: Meta, model: ModelConfig, channels: int, text_dim: int, folder: Path) -> None:
+def check_model(meta: Meta, model: ModelConfig, channels: int, dims: Mapping[str, int], folder: Path) -> None:
     """Refuse a checkpoint of another model, by field. Raises CheckpointError."""
     now = {f"model.{name}": value for name, value in model.model_dump(mode="json").items()}
     before = {f"model.{name}": value for name, value in meta.config["model"].items()}
-    now |= {"latent channels": channels, "text dim": text_dim}
+    now |= {"latent channels": channels, "text dim": dims["text"]}
+    now |= {"CLIP text dim": dims.get("clip_text", 0), "CLIP pooled dim": dims.get("clip_pooled", 0)}
     before |= {"latent channels": meta.channels, "text dim": meta.text_dim}
+    before |= {"CLIP text dim": meta.clip_text_dim, "CLIP pooled dim": meta.clip_pooled_dim}
     for field, value in now.items():
         if before.get(field) != value:
             raise CheckpointError(

@@ -39,8 +39,9 @@ from sorahpc.data.captions import with_captions
 from sorahpc.data.decode import VideoError, decode_by, plan_clip
 from sorahpc.data.manifest import MANIFEST, Video, read_manifest, shown
 from sorahpc.data.shards import EMPTY_TEXT, ShardWriter, clean_caption, remove_stale_parts, write_empty_text
+from sorahpc.data.texts import DETAILED
 from sorahpc.errors import DataError, SetupError, Stopped
-from sorahpc.models.text import TextEncoder, load_text
+from sorahpc.models.text import TextEncoders, load_texts
 from sorahpc.models.vae import Vae, load_vae
 from sorahpc.runs import Task
 
@@ -63,26 +64,28 @@ def run(config: Config, task: Task) -> None:
     config.need("vae", "text")
     assert config.vae is not None and config.text is not None
     manifest = config.run_dir / MANIFEST
-    every = with_captions(config, read_manifest(manifest))
+    every, detailed = with_captions(config, read_manifest(manifest))
     if not any(v.ok for v in every):
         raise DataError(f"{shown(manifest)}: no usable video among {len(every)}; its column `reason` says why of each")
     device = torch.device("cuda", task.local_rank % torch.cuda.device_count()) if torch.cuda.is_available() else "cpu"
     vae = load_vae(config.vae.path, config.vae.dtype, device, config.vae.tiling)
-    text = load_text(config.text.path, config.text.max_tokens, config.text.dtype, device)
+    texts = load_texts(config.text, device)
     patch_hw = config.model.patch[1:] if config.model else (1, 1)
     decoder = _decoder(config.encode.decoder)
     gpu = task.local_rank % max(1, torch.cuda.device_count())
     folder = config.cache_dir
     try:
-        pin_info(folder, cache_info(config, vae, text, patch_hw, decoder))
-        # Of PyAV, cache.json says nothing; so one that DALI made passes above.
+        pin_info(folder, cache_info(config, vae, texts, patch_hw, decoder))
+        # Of PyAV, and of no CLIP, cache.json says nothing; so one that has DALI or CLIP passes above.
         check_info(folder / INFO, {"decoder": "pyav", **read_info(folder)}, {"decoder": decoder})
+        if texts.clip is None:
+            check_info(folder / INFO, read_info(folder), {"clip_text": None})
     except OSError as error:
         raise DataError(f"{shown(folder)}: can't write the cache: {error.strerror or error}") from None
     for name in remove_stale_parts(folder):
         log.info("removed %s, which a killed task left", shown(folder / name))
     if not (folder / EMPTY_TEXT).exists():
-        write_empty_text(folder, text.encode([""])[0], config.encode.dtype)
+        write_empty_text(folder, texts.encode([""])[0], config.encode.dtype)
 
     plan = plan_shards([v.key if v.ok else None for v in every], config.encode.clips_per_shard)
     mine = plan[task.rank :: task.world_size]
@@ -103,7 +106,7 @@ def run(config: Config, task: Task) -> None:
     with _ahead(rows, decoded) as clips, ThreadPoolExecutor(1, "write") as writing:
         written: list[Future[Path]] = []  # the shard before, while the VAE is at work on this one
         for shard in missing:
-            writer = ShardWriter(folder, shard.name, config.encode.dtype, vae.channels, text.dim)
+            writer = ShardWriter(folder, shard.name, config.encode.dtype, vae.channels, texts.dims)
             for row in shard.rows:
                 if task.stop_requested():
                     for commit in written:
@@ -111,7 +114,8 @@ def run(config: Config, task: Task) -> None:
                     raise Stopped(
                         f"encode: stopped with {done} of {total} clips written; the shard in work is made again"
                     )
-                _encode(every[row], next(clips), config.clip.fps, vae, text, writer)
+                second = detailed.get(every[row].key, "")
+                _encode(every[row], second, next(clips), config.clip.fps, vae, texts, writer)
                 task.report(done + len(writer.samples) + len(writer.rejected), total, "clip")
             for commit in written:
                 commit.result()
@@ -124,7 +128,7 @@ def run(config: Config, task: Task) -> None:
         by = ", ".join(f"{count} clips decoded by {reader}" for reader, count in sorted(readers.items()))
         log.info("encoded %d shards in %.1f s%s", len(missing), time.monotonic() - start, by and f": {by}")
     if _finish(folder, plan):
-        index = read_index(folder, vae.channels, text.dim)
+        index = read_index(folder, vae.channels, texts.dims)
         _compare(vae, index.mean, index.std)
 
 
@@ -160,7 +164,7 @@ def _ahead(videos: list[Video], decoded: Callable[[Video], Clip]) -> Iterator[It
 
 
 def cache_info(
-    config: Config, vae: Vae, text: TextEncoder, patch_hw: tuple[int, ...], decoder: str = "pyav"
+    config: Config, vae: Vae, texts: TextEncoders, patch_hw: tuple[int, ...], decoder: str = "pyav"
 ) -> dict[str, Any]:
     """What decides the cache's content, as pinned in cache.json."""
     assert config.vae is not None and config.text is not None
@@ -170,12 +174,12 @@ def cache_info(
         **({"decoder": decoder} if decoder != "pyav" else {}),
         "vae": {"id": vae.id, "weights_sha256": vae.weights_sha256},
         "vae_dtype": config.vae.dtype,
-        "text": {"id": text.id, "weights_sha256": text.weights_sha256},
+        **texts.info(),
+        **({"clip_projected": config.text.clip.projected} if config.text.clip else {}),
         "text_dtype": config.text.dtype,
         "text_max_tokens": config.text.max_tokens,
         "dtype": config.encode.dtype,
         "channels": vae.channels,
-        "text_dim": text.dim,
         "stride": list(vae.stride),
         "patch_hw": list(patch_hw),
         "clip": clip.model_dump(mode="json"),
@@ -185,12 +189,17 @@ def cache_info(
     }
 
 
-def _encode(video: Video, clip: Future[Clip], fps: float, vae: Vae, text: TextEncoder, writer: ShardWriter) -> None:
+def _encode(
+    video: Video, detailed: str, clip: Future[Clip], fps: float, vae: Vae, texts: TextEncoders, writer: ShardWriter
+) -> None:
     try:
         pixels, decoder = clip.result()
         latent = vae.encode(pixels)
-        caption = clean_caption(video.caption)
-        writer.add(video.key, latent, text.encode([caption])[0], caption, fps, video.path, decoder)
+        captions = [clean_caption(text) for text in ([video.caption, detailed] if detailed else [video.caption])]
+        first, *second = texts.encode(captions)
+        for embeddings in second:
+            first |= {DETAILED + name: e for name, e in embeddings.items()}
+        writer.add(video.key, latent, first, captions[0], fps, video.path, decoder, *captions[1:])
     except DataError as error:
         reason = error.reason if isinstance(error, VideoError) else str(error)
         log.warning("rejected %s: %s", shown(video.path), reason)

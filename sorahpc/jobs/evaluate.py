@@ -124,7 +124,7 @@ def reconstruct(config: Config, advance: Callable[[], None]) -> None:
                 f"made with {cache.info['vae'][field]}; use that VAE"
             )
     # Rejected rows keep their keys: a duplicate has that of the row that is used, a renamed file that of its new row.
-    rows = with_captions(config, read_manifest(config.run_dir / MANIFEST))
+    rows, _ = with_captions(config, read_manifest(config.run_dir / MANIFEST))
     videos = {video.key: video for video in rows if video.ok}
     clips = []
     for i in chosen:

@@ -38,7 +38,7 @@ from sorahpc.distributed.checkpoint import MANIFEST, Meta, latest
 from sorahpc.errors import CheckpointError, ConfigError, NumericsError, SetupError, Stopped
 from sorahpc.models.captioner import ask_all, load_captioner, prompt_question
 from sorahpc.models.dit import DiT, load_ema_for_sampling
-from sorahpc.models.text import TextEncoder, load_text
+from sorahpc.models.text import TextEncoders, load_texts
 from sorahpc.models.vae import Vae, load_vae
 from sorahpc.profiling.page import write_profile_page
 from sorahpc.profiling.record import num_steps, recorded, remove_other_ranks, span
@@ -77,7 +77,7 @@ class Models:
 
     model: nn.Module
     meta: Meta
-    text: TextEncoder
+    texts: TextEncoders
     vae: Vae
     patch: tuple[int, int, int]
     device: torch.device
@@ -218,6 +218,7 @@ def plan(config: Config, prompts: list[Prompt], checkpoint: Path) -> list[Item]:
         "vae_tiling": config.vae.tiling.model_dump(mode="json") if config.vae.tiling else None,
         "text_dtype": config.text.dtype,
         "text_max_tokens": config.text.max_tokens,
+        **({"clip_projected": config.text.clip.projected} if config.text.clip else {}),
     }
     resolved: list[dict[str, Any]] = []
     for p in prompts:
@@ -251,22 +252,21 @@ def make_pack(unit: list[Item], models: Models, config: Config) -> list[tuple[np
     """Denoise a pack of samples together.
 
     Returns:
-        For each: frames uint8 [T,H,W,3], and how many tokens its prompt has.
+        For each: frames uint8 [T,H,W,3], and how many T5 tokens its prompt has.
 
     Raises:
         NumericsError: a latent is not finite.
     """
     assert config.sample is not None
     with span("text encoder"):
-        *embeddings, empty = models.text.encode([*(item.prompt.condition for item in unit), ""])
+        conditions = models.texts.encode([*(item.prompt.condition for item in unit), ""])
     shapes = [models.vae.latent_shape(item.frames, item.height, item.width) for item in unit]  # [C,T,H,W] each
     channels, patch, device = models.meta.channels, models.patch, models.device
     grids = torch.tensor([[n // p for n, p in zip(shape[1:], patch, strict=True)] for shape in shapes])  # [S,3]
     eps = [ops.noise(item.seed, item.sample_id, 0, shape) for item, shape in zip(unit, shapes, strict=True)]
     x = ops.patchify(torch.cat([e.flatten() for e in eps]).to(device), grids, channels, patch)  # [L,P]
-    velocity = guided(
-        models.model, grids, [e.to(device) for e in embeddings], empty.to(device), config.sample.cfg_scale
-    )
+    *texts, empty = [{name: e.to(device) for name, e in each.items()} for each in conditions]
+    velocity = guided(models.model, grids, texts, empty, config.sample.cfg_scale)
     with span("forward"):
         x = euler(velocity, x, config.sample.steps, config.sample.t_shift)
     flat = ops.unpatchify(x, grids, channels, patch).float()
@@ -274,7 +274,8 @@ def make_pack(unit: list[Item], models: Models, config: Config) -> list[tuple[np
     mean = torch.tensor(models.meta.latent_mean, device=device)[:, None, None, None]
     std = torch.tensor(models.meta.latent_std, device=device)[:, None, None, None]
     clips = []
-    for item, part, shape, text in zip(unit, flat.split([e.numel() for e in eps]), shapes, embeddings, strict=True):
+    parts = flat.split([e.numel() for e in eps])
+    for item, part, shape, condition in zip(unit, parts, shapes, conditions[:-1], strict=True):
         latent = part.view(shape) * std + mean
         if not bool(latent.isfinite().all()):
             raise NumericsError(
@@ -282,7 +283,7 @@ def make_pack(unit: list[Item], models: Models, config: Config) -> list[tuple[np
                 f"{models.meta.step}); sample from another checkpoint or with a smaller sample.cfg_scale"
             )
         with span("VAE"):
-            clips.append((models.vae.decode(latent), len(text)))
+            clips.append((models.vae.decode(latent), len(condition["text"])))
     return clips
 
 
@@ -304,17 +305,26 @@ def _load(config: Config, checkpoint: Path, local_rank: int) -> Models:
     assert config.vae is not None and config.text is not None
     model, meta = load_ema_for_sampling(checkpoint, local_rank)
     device = next(model.parameters()).device
-    text = load_text(config.text.path, config.text.max_tokens, config.text.dtype, device)
+    if bool(meta.clip_text_dim) != (config.text.clip is not None):
+        raise CheckpointError(
+            f"text.clip: the checkpoint {checkpoint} was trained {'with' if meta.clip_text_dim else 'without'} CLIP; "
+            f"{'name the encoder of its cache' if meta.clip_text_dim else 'leave it out'}"
+        )
+    texts = load_texts(config.text, device)
     vae = load_vae(config.vae.path, config.vae.dtype, device, config.vae.tiling)
-    for section, found, path in (("vae", vae, config.vae.path), ("text", text, config.text.path)):
+    used: list[tuple[str, str, Any, Path]] = [("vae", "vae.path", vae, config.vae.path)]
+    used.append(("text", "text.path", texts.t5, config.text.path))
+    if config.text.clip is not None:
+        used.append(("clip_text", "text.clip.path", texts.clip, config.text.clip.path))
+    for section, key, found, path in used:
         for field in ("id", "weights_sha256"):
             expected = meta.cache[section][field]
             if getattr(found, field) != expected:
                 raise CheckpointError(
-                    f"{section}.path: {path} has {field} {getattr(found, field)}, but the checkpoint {checkpoint} was "
-                    f"trained with {expected}; use the {section} that encoded its cache"
+                    f"{key}: {path} has {field} {getattr(found, field)}, but the checkpoint {checkpoint} was "
+                    f"trained with {expected}; use the one that encoded its cache"
                 )
-    return Models(model, meta, text, vae, model.model.patch, device)
+    return Models(model, meta, texts, vae, model.model.patch, device)
 
 
 def _check_sizes(config: Config, items: list[Item], models: Models) -> None:
@@ -420,7 +430,7 @@ def _write(
             "manifest_sha256": item.settings["checkpoint_manifest_sha256"],
         },
         "vae": {"id": models.vae.id, "weights_sha256": models.vae.weights_sha256},
-        "text": {"id": models.text.id, "weights_sha256": models.text.weights_sha256},
+        **{k: v for k, v in models.texts.info().items() if isinstance(v, dict)},
         "mp4": {"file": mp4.name, "bytes": mp4.stat().st_size, "sha256": _sha256(mp4)},
         "device": torch.cuda.get_device_name(models.device) if models.device.type == "cuda" else "cpu",
         "versions": _versions(),

@@ -26,6 +26,7 @@ from sorahpc import ops
 from sorahpc.config import Config, TrainConfig
 from sorahpc.data.latents import LatentCache
 from sorahpc.data.packing import GlobalBatch, Packer
+from sorahpc.data.texts import PackTexts, join_texts
 from sorahpc.diffusion import flow
 from sorahpc.distributed import checkpoint, megatron
 from sorahpc.distributed.checkpoint import Meta
@@ -80,7 +81,7 @@ def _train(config: Config, task: Task, cache: LatentCache, mesh: Mesh) -> None:
     found = checkpoint.latest(root)
     meta = None if found is None else checkpoint.verify(found, mesh)
     if found is not None and meta is not None:
-        checkpoint.check_model(meta, model_config, cache.channels, cache.text_dim, found)
+        checkpoint.check_model(meta, model_config, cache.channels, cache.dims, found)
         _check_cache(meta, cache, config.cache_dir, found)
         _check_optimizer(meta, train, found)
 
@@ -117,7 +118,7 @@ def _train(config: Config, task: Task, cache: LatentCache, mesh: Mesh) -> None:
             consumed=consumed,
             config=config.model_dump(mode="json"),
             channels=cache.channels,
-            text_dim=cache.text_dim,
+            **text_dims(cache),
             latent_mean=mean.tolist(),
             latent_std=std.tolist(),
             cache=cache.info,
@@ -229,10 +230,15 @@ def make_learner(config: Config, cache: LatentCache, mesh: Mesh) -> Learner:
     """As a training begins: fresh weights, the same for any layout."""
     assert config.train is not None and config.model is not None
     train, dtype = config.train, pick_dtype(config.train, mesh.device)
-    model = DiT(config.model, mesh, channels=cache.channels, text_dim=cache.text_dim, dtype=dtype, seed=train.seed)
+    model = DiT(config.model, mesh, channels=cache.channels, **text_dims(cache), dtype=dtype, seed=train.seed)
     ddp = megatron.wrap_ddp(model, model.config)
     optimizer = megatron.make_optimizer(ddp, train, mesh, dtype)
     return Learner(train, mesh, model, ddp, optimizer, Ema(model, optimizer, mesh, train.ema_decay))
+
+
+def text_dims(cache: LatentCache) -> dict[str, int]:
+    """As DiT and Meta call them."""
+    return {f"{name}_dim": dim for name, dim in cache.dims.items()}
 
 
 def pick_dtype(train: TrainConfig, device: torch.device) -> torch.dtype:
@@ -264,7 +270,7 @@ def accumulate_gradients(ddp: Any, packs: list[PackBatch], elements: int, mesh: 
     for i, pack in enumerate(packs):
         with ddp.no_sync() if i + 1 < len(packs) else contextlib.nullcontext():
             with span("forward"):
-                velocity = ddp(pack.tokens, pack.t, pack.grids, pack.text, pack.text_lens)
+                velocity = ddp(pack.tokens, pack.t, pack.grids, *pack.texts)
                 loss = (velocity - pack.target).square().sum() / elements
             with span("backward"):
                 loss.backward()
@@ -280,14 +286,13 @@ def accumulate_gradients(ddp: Any, packs: list[PackBatch], elements: int, mesh: 
 
 @dataclass(frozen=True)
 class PackBatch:
-    """A pack on the device. Shapes: tokens and target [L, P] float32, t [S], grids int64 CPU [S, 3], text [Lt, Dt]."""
+    """A pack on the device. Shapes: tokens and target [L, P] float32, t [S], grids int64 CPU [S, 3]."""
 
     tokens: Tensor
     target: Tensor
     t: Tensor
     grids: Tensor
-    text: Tensor
-    text_lens: list[int]
+    texts: PackTexts
 
 
 def make_packer(cache: LatentCache, config: Config) -> Packer:
@@ -328,18 +333,20 @@ def build_pack(
     mean, std = (v.to(device).view(-1, 1, 1, 1) for v in (mean, std))
     latents, ts, ids, grids, texts = [], [], [], [], []
     indices = [index for index, _ in samples]
+    draws = [flow.draw(train.seed, int(cache.ids[index]), visit, train) for index, visit in samples]
+    detailed = [draw.detailed for draw in draws]
     # To a GPU from pinned memory, and as stored: two bytes a value, which become float32 there.
-    buffer = torch.empty(cache.nbytes(indices), dtype=torch.uint8, pin_memory=device.type == "cuda")
-    pairs = cache.read_bits(indices, buffer)
-    for (index, visit), (latent, text) in zip(samples, pairs, strict=True):
-        latent, text = (x.to(device, non_blocking=True).float() for x in (latent, text))
+    buffer = torch.empty(cache.nbytes(indices, detailed), dtype=torch.uint8, pin_memory=device.type == "cuda")
+    stored = cache.read_bits(indices, buffer, detailed)
+    for (index, visit), draw, (latent, own) in zip(samples, draws, stored, strict=True):
+        latent = latent.to(device, non_blocking=True).float()
         sample_id = int(cache.ids[index])
-        draw = flow.draw(train.seed, sample_id, visit, train)
         latents.append(((latent - mean) / std).flatten())
         ts.append(draw.t)
         ids.append([sample_id, visit])
         grids.append([size // p for size, p in zip(latent.shape[1:], patch, strict=True)])
-        texts.append(cache.empty_text.to(device) if draw.drop_text else text)
+        chosen = cache.empty_texts if draw.drop_text else own
+        texts.append({name: e.to(device, non_blocking=True).float() for name, e in chosen.items()})
     grid, t = torch.tensor(grids, dtype=torch.int64).view(-1, 3), torch.tensor(ts, dtype=torch.float32)
     tokens, target = ops.flow_patchify(
         torch.cat(latents), t, torch.tensor(ids).view(-1, 2), grid, cache.channels, patch, seed=train.seed
@@ -349,8 +356,7 @@ def build_pack(
         target=target,
         t=t.to(device),
         grids=grid,
-        text=torch.cat(texts),
-        text_lens=[len(text) for text in texts],
+        texts=join_texts(texts),
     )
 
 
@@ -391,7 +397,7 @@ class Loader:
 
 
 def _check_cache(meta: Meta, cache: LatentCache, folder: Path, found: Path) -> None:
-    for name in ("vae", "text"):
+    for name in ("vae", "text", "clip_text"):
         if meta.cache.get(name) != cache.info.get(name):
             raise DataError(
                 f"{folder}: field `{name}` is {json.dumps(cache.info.get(name))}, but the checkpoint {found} was "

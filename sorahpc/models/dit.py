@@ -107,6 +107,27 @@ class Block(nn.Module):
         return x, self.mlp(normed), gate2
 
 
+class Clip(nn.Module):
+    """CLIP's part of the condition: its tokens go to cross-attention beside T5's, its pooled embedding to the
+    modulation, as in Stable Diffusion 3 (arXiv 2403.03206) and FLUX."""
+
+    def __init__(self, model: ModelConfig, text_dim: int, pooled_dim: int, mesh: Mesh) -> None:
+        super().__init__()
+        self.text_norm = nn.RMSNorm(text_dim, eps=model.norm_eps)
+        self.text_embed = _xavier(nn.Linear(text_dim, model.dim))
+        self.pooled_norm = nn.RMSNorm(pooled_dim, eps=model.norm_eps)
+        self.pooled_embed = nn.Sequential(nn.Linear(pooled_dim, model.dim), nn.SiLU(), nn.Linear(model.dim, model.dim))
+        for layer in (self.pooled_embed[0], self.pooled_embed[2]):
+            nn.init.normal_(layer.weight, std=0.02)  # type: ignore[arg-type]
+            nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+        megatron.replicated(self.pooled_norm, mesh)
+        megatron.replicated(self.pooled_embed, mesh)
+
+    def forward(self, text: Tensor, pooled: Tensor) -> tuple[Tensor, Tensor]:
+        """text [Lc, text_dim] -> [Lc, M], pooled [S, pooled_dim] -> [S, M]."""
+        return self.text_embed(self.text_norm(text)), self.pooled_embed(self.pooled_norm(pooled))
+
+
 class Pack:
     """Lengths and grids of a pack as the layers need them; built once a forward pass."""
 
@@ -130,14 +151,15 @@ class DiT(nn.Module):
         model: sizes.
         mesh: of this process; weights are created on its device, cut for its tp rank, the same for any tp size.
         channels: of the latent.
-        text_dim: of the text encoder.
+        text_dim: of the text encoder. clip_text_dim, clip_pooled_dim: of CLIP's; 0 without it.
         dtype: of the parameters and activations (norms and modulation compute in float32).
         seed: of the initial weights.
     """
 
     def __init__(
-        self, model: ModelConfig, mesh: Mesh, *, channels: int, text_dim: int, dtype: torch.dtype, seed: int = 0
-    ) -> None:
+        self, model: ModelConfig, mesh: Mesh, *, channels: int, text_dim: int, clip_text_dim: int = 0,
+        clip_pooled_dim: int = 0, dtype: torch.dtype, seed: int = 0,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.model, self.mesh, self.channels, self.text_dim, self.dtype = model, mesh, channels, text_dim, dtype
         self.config = config = megatron.layer_config(model, mesh, dtype)
@@ -156,6 +178,7 @@ class DiT(nn.Module):
             self.blocks = nn.ModuleList(Block(model, config, mesh) for _ in range(model.depth))
             self.final_ada_ln = megatron.replicated(_zeroed(nn.Linear(model.dim, 2 * model.dim)), mesh)
             self.final = megatron.replicated(_zeroed(nn.Linear(model.dim, patch_dim)), mesh)
+            self.clip = Clip(model, clip_text_dim, clip_pooled_dim, mesh) if clip_text_dim else None
         self.to(device=mesh.device, dtype=dtype)
 
     def parts(self) -> list[tuple[str, nn.Module]]:
@@ -164,6 +187,7 @@ class DiT(nn.Module):
             ("patch embedding", self.x_embed),
             ("timestep embedding", self.t_embed),
             ("text embedding", self.text_embed),
+            *([("CLIP embedding", self.clip)] if self.clip is not None else []),
             ("last layer", self.final),
         ]
         for block in self.blocks:
@@ -171,7 +195,10 @@ class DiT(nn.Module):
             found += [(name.replace("_", " "), layer) for name, layer in block.named_children()]
         return found
 
-    def forward(self, tokens: Tensor, t: Tensor, grids: Tensor, text: Tensor, text_lens: list[int]) -> Tensor:
+    def forward(
+        self, tokens: Tensor, t: Tensor, grids: Tensor, text: Tensor, text_lens: list[int],
+        clip_text: Tensor | None = None, clip_lens: list[int] | None = None, clip_pooled: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """Velocity of every token.
 
         Args:
@@ -180,6 +207,7 @@ class DiT(nn.Module):
             grids: int64 CPU [S, 3], patch counts; their products sum to L.
             text: [Lt, text_dim] text embeddings of all samples, one after the other.
             text_lens: text tokens a sample, at least one each.
+            clip_text, clip_lens: the same of CLIP. clip_pooled: [S, clip_pooled_dim]. None where the model has no CLIP.
 
         Returns:
             float32 [L, P], whole on every tp rank.
@@ -194,18 +222,36 @@ class DiT(nn.Module):
                 f"DiT: {length} tokens, grids of {int(grids.prod(-1).sum())}, {len(text)} text tokens, lengths of "
                 f"{sum(text_lens)}; {len(t)} timesteps, {len(grids)} grids, {len(text_lens)} texts"
             )
+        if (self.clip is None) != (clip_text is None or clip_lens is None or clip_pooled is None):
+            raise ValueError(f"DiT: CLIP's texts: expected {'none' if self.clip is None else 'all three'}")
+        if clip_text is not None and clip_lens is not None and clip_pooled is not None:
+            if not len(clip_lens) == len(clip_pooled) == len(t) or sum(clip_lens) != len(clip_text):
+                raise ValueError(
+                    f"DiT: {len(clip_text)} CLIP tokens, lengths of {sum(clip_lens)}; {len(t)} timesteps, "
+                    f"{len(clip_lens)} CLIP texts, {len(clip_pooled)} pooled"
+                )
         if self.mesh.sp and (short := -length % self.mesh.tp_size):
             # Ranks hold equal shares of tokens: a dummy sample of fewer than tp tokens fills the last one.
             tokens = F.pad(tokens, (0, 0, 0, short))
             t, text, text_lens = F.pad(t, (0, 1)), F.pad(text, (0, 0, 0, 1)), [*text_lens, 1]
             grids = torch.cat((grids, torch.tensor([[1, 1, short]])))
-        pack = Pack(grids, text_lens, self.model, self.mesh)
+            if clip_text is not None and clip_lens is not None and clip_pooled is not None:
+                clip_text, clip_pooled = F.pad(clip_text, (0, 0, 0, 1)), F.pad(clip_pooled, (0, 0, 0, 1))
+                clip_lens = [*clip_lens, 1]
 
+        c = self.t_embed(ops.timestep_embedding(t, TIMESTEP_DIM).to(self.dtype))  # [S, M]
+        text = self.text_embed(self.text_norm(text.to(self.dtype)))  # [Lt, M]
+        if self.clip is not None and clip_text is not None and clip_lens is not None and clip_pooled is not None:
+            tokens_too, pooled = self.clip(clip_text.to(self.dtype), clip_pooled.to(self.dtype))
+            both = zip(text.split(text_lens), tokens_too.split(clip_lens), strict=True)
+            text = torch.cat([part for sample in both for part in sample])
+            text_lens = [a + b for a, b in zip(text_lens, clip_lens, strict=True)]
+            c = c + pooled
+        c = F.silu(c)
+        pack = Pack(grids, text_lens, self.model, self.mesh)
         x = self.x_embed(megatron.local_tokens(tokens.to(self.dtype), self.mesh))  # [l, M]
         if self.model.position != "rope3d":
             x = ops.add_sincos3d(x, grids, self.model.theta, first=pack.first)
-        c = F.silu(self.t_embed(ops.timestep_embedding(t, TIMESTEP_DIM).to(self.dtype)))  # [S, M]
-        text = self.text_embed(self.text_norm(text.to(self.dtype)))  # [Lt, M]
         branch, gate = None, None
         for block in self.blocks:
             x, branch, gate = block(x, branch, gate, c, text, pack)
@@ -234,7 +280,8 @@ def load_ema_for_sampling(folder: Path, local_rank: int = 0) -> tuple[DiT, check
         raise CheckpointError(
             f"{folder}: its section `model` is not ours: {reason}; the checkpoint is refused"
         ) from None
-    model = DiT(config, mesh, channels=meta.channels, text_dim=meta.text_dim, dtype=torch.float32)
+    dims = {"clip_text_dim": meta.clip_text_dim, "clip_pooled_dim": meta.clip_pooled_dim}
+    model = DiT(config, mesh, channels=meta.channels, text_dim=meta.text_dim, dtype=torch.float32, **dims)
     checkpoint.load_ema(folder, model, mesh)
     model.dtype = torch.bfloat16 if mesh.device.type == "cuda" else torch.float32
     return model.to(model.dtype).eval().requires_grad_(False), meta

@@ -1,5 +1,7 @@
 """Text encoders: T5, umT5 and CLIP of transformers from a local folder, and a tiny random T5 for the toy world.
 
+`load_texts` gives what a config asks for, as one: a caption's embeddings by their names in sorahpc.data.texts.
+
 Weights are read from safetensors only, nothing is fetched, and no code of the folder is run.
 """
 
@@ -12,6 +14,7 @@ from typing import Any
 
 import torch
 
+from sorahpc.config import TextConfig
 from sorahpc.errors import ConfigError, SetupError
 from sorahpc.models.vae import sha256_files, weight_files
 from sorahpc.runs import atomic_write, write_json
@@ -89,6 +92,36 @@ class ClipEncoder:
         return out
 
 
+class TextEncoders:
+    """A caption's embeddings by all encoders of a config. Made by `load_texts`.
+
+    Attributes:
+        t5, clip: the encoders; clip is None where the config has none.
+        dims: of the embeddings, by name.
+    """
+
+    def __init__(self, t5: TextEncoder, clip: ClipEncoder | None) -> None:
+        self.t5, self.clip = t5, clip
+        self.dims = {"text": t5.dim}
+        if clip is not None:
+            self.dims |= {"clip_text": clip.dim, "clip_pooled": clip.pooled_dim}
+
+    def encode(self, captions: Sequence[str]) -> list[dict[str, torch.Tensor]]:
+        """Of each caption float32 [L,dim] by name, on the CPU, without padding."""
+        out = [{"text": text} for text in self.t5.encode(captions)]
+        if self.clip is not None:
+            for texts, (tokens, pooled) in zip(out, self.clip.encode(captions), strict=True):
+                texts |= {"clip_text": tokens, "clip_pooled": pooled[None]}
+        return out
+
+    def info(self) -> dict[str, Any]:
+        """What names the encoders in cache.json, where a cache without CLIP says nothing of it."""
+        out: dict[str, Any] = {"text": {"id": self.t5.id, "weights_sha256": self.t5.weights_sha256}}
+        if self.clip is not None:
+            out["clip_text"] = {"id": self.clip.id, "weights_sha256": self.clip.weights_sha256}
+        return out | {f"{name}_dim": dim for name, dim in self.dims.items()}
+
+
 def _ids(tokenizer: Any, text: str, max_tokens: int) -> torch.Tensor:
     # Lone surrogates (from a file name, say) are no UTF-8, and the tokenizer refuses them.
     clean = text.encode("utf-8", "replace").decode("utf-8")
@@ -123,6 +156,14 @@ def load_text(
     return TextEncoder(model.to(device).eval().requires_grad_(False), tokenizer, sha256, max_tokens)
 
 
+def load_texts(section: TextConfig, device: str | torch.device = "cpu") -> TextEncoders:
+    """All encoders of the section `text`. Raises as `load_text` and `load_clip`."""
+    t5 = load_text(section.path, section.max_tokens, section.dtype, device)
+    if section.clip is None:
+        return TextEncoders(t5, None)
+    return TextEncoders(t5, load_clip(section.clip.path, section.clip.projected, section.dtype, device))
+
+
 def load_clip(
     path: str | Path, projected: bool = False, dtype: str = "float32", device: str | torch.device = "cpu"
 ) -> ClipEncoder:
@@ -132,11 +173,13 @@ def load_clip(
         projected: the pooled embedding goes through the projection to the space shared with images.
 
     Raises:
-        ConfigError: naming `clip`: as `load_text`; a projection is asked for that the folder doesn't have.
+        ConfigError: naming text.clip.path: as `load_text`; a projection is asked for that the folder doesn't have.
+        SetupError: a name of sorahpc.store that isn't in it.
     """
     name = "CLIPTextModelWithProjection" if projected else "CLIPTextModel"
     kinds = {"clip_text_model": name, "clip": name}
-    model, tokenizer, sha256 = _load(Path(path), "clip", kinds, _CLIP_TOKENIZER_FILES, dtype)
+    folder = resolve(Path(path), "text", "text.clip.path")
+    model, tokenizer, sha256 = _load(folder, "text.clip.path", kinds, _CLIP_TOKENIZER_FILES, dtype)
     return ClipEncoder(model.to(device).eval().requires_grad_(False), tokenizer, sha256)
 
 
