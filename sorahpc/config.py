@@ -140,11 +140,21 @@ class ClipConfig(Section):
     max_frames: int = Field(17, ge=1, description="longest clip; rounded down to what the VAE takes (4k+1)")
     min_frames: int = Field(1, ge=1, description="a video shorter than this is rejected, with its reason")
     max_area_px: int = Field(64 * 64, ge=256, description="largest height x width; the aspect ratio is kept")
+    max_tokens: int | None = Field(
+        None, ge=1, description="largest number of tokens: a clip over it is made smaller, then shorter; None: any"
+    )
+    min_area_px: int | None = Field(
+        None, ge=1, description="a clip over max_tokens is made no smaller than this, rather shorter; None: one patch"
+    )
 
     @model_validator(mode="after")
     def _order(self) -> ClipConfig:
         if self.min_frames > self.max_frames:
             raise ValueError(f"min_frames: at most max_frames = {self.max_frames}")
+        if self.min_area_px is not None and self.max_tokens is None:
+            raise ValueError("min_area_px: only with max_tokens, which makes clips smaller")
+        if self.min_area_px is not None and self.min_area_px > self.max_area_px:
+            raise ValueError(f"min_area_px: at most max_area_px = {self.max_area_px}")
         return self
 
 

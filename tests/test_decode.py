@@ -7,6 +7,7 @@ import socket
 import threading
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 from av.filter import Graph
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from videos import NOTHING, claim_matrix, cut, numbered, numbers, recording, write_video
 
 from sorahpc.config import ClipConfig
@@ -40,7 +42,7 @@ def floor4(n: int) -> int:
 
 
 def plan(video: Video, **clip: object) -> ClipPlan:
-    return plan_clip(video, ClipConfig(**clip), stride=(4, 8, 8), patch_hw=(2, 2), floor_frames=floor4)
+    return plan_clip(video, ClipConfig(**clip), stride=(4, 8, 8), patch=(1, 2, 2), floor_frames=floor4)
 
 
 def at(height: int, width: int, *times: float) -> ClipPlan:
@@ -273,7 +275,7 @@ def test_a_plan_keeps_every_promise(
     video = row(width=width, height=height, duration_s=duration)
     clip = ClipConfig(fps=fps, max_frames=max_frames, min_frames=min(min_frames, max_frames), max_area_px=area)
     try:
-        made = plan_clip(video, clip, stride=(4, unit_h, unit_w), patch_hw=(1, 1), floor_frames=floor4)
+        made = plan_clip(video, clip, stride=(4, unit_h, unit_w), patch=(1, 1, 1), floor_frames=floor4)
     except ConfigError as error:
         assert unit_h * unit_w > area and "clip.max_area_px" in str(error)
         return
@@ -290,6 +292,70 @@ def test_a_plan_keeps_every_promise(
     assert floor4(n) == n and clip.min_frames <= n <= max_frames
     assert made.times_s[0] == 0 and all(b > a for a, b in zip(made.times_s, made.times_s[1:], strict=False))
     assert made.times_s[-1] < max(duration, 1e-9)
+
+
+@given(
+    width=st.integers(16, 2000),
+    height=st.integers(16, 2000),
+    duration=st.floats(0.1, 30),
+    max_tokens=st.integers(1, 3000),
+    min_area=st.none() | st.integers(1, 65_536),
+    min_frames=st.integers(1, 40),
+    pt=st.sampled_from([1, 2]),
+)
+@settings(max_examples=300, deadline=None)
+def test_a_clip_over_its_tokens_is_made_smaller_then_shorter(
+    width: int, height: int, duration: float, max_tokens: int, min_area: int | None, min_frames: int, pt: int
+) -> None:
+    """Against every length and every size there is."""
+    video = row(width=width, height=height, duration_s=duration)
+    wishes = {"fps": 8, "max_frames": 97, "min_frames": min_frames, "max_area_px": 65_536}
+    how: dict[str, Any] = {"stride": (4, 8, 8), "patch": (pt, 2, 2), "floor_frames": floor4}
+
+    def tokens(made: ClipPlan) -> int:
+        return ((len(made.times_s) - 1) // 4 + 1) // pt * (made.height // 16) * (made.width // 16)
+
+    def attempt(**more: object) -> ClipPlan | None:
+        try:
+            return plan_clip(video, ClipConfig(**{**wishes, **more}), **how)
+        except VideoError as error:
+            assert error.reason.startswith(("too short", "too many tokens"))
+            return None
+
+    free = attempt()
+    made = attempt(max_tokens=max_tokens, min_area_px=min_area)
+    if free is None:
+        assert made is None
+        return
+    assert ((len(free.times_s) - 1) // 4 + 1) % pt == 0
+    least = min(min_area or 1, free.height * free.width)
+    possible = []  # (frames, its best size) of each shorter length within the budget
+    for frames in range(min_frames, len(free.times_s) + 1):
+        layers = (frames - 1) // 4 + 1
+        if floor4(frames) == frames and layers % pt == 0 and (area := max_tokens // (layers // pt) * 256) >= 256:
+            best = attempt(max_area_px=min(area, 65_536))
+            if best is not None and best.height * best.width >= least:
+                possible.append((frames, best.height, best.width))
+    if made is None:
+        assert not possible
+    else:
+        assert tokens(made) <= max_tokens
+        assert (len(made.times_s), made.height, made.width) == possible[-1]
+
+
+def test_a_budget_of_tokens_that_a_clip_keeps_changes_nothing() -> None:
+    video = row(width=1280, height=720, duration_s=2.2)
+    free = plan(video, max_area_px=65_536)
+    tokens = 5 * (free.height // 16) * (free.width // 16)
+    assert plan(video, max_area_px=65_536, max_tokens=tokens) == free
+    less = plan(video, max_area_px=65_536, max_tokens=tokens - 1)
+    assert len(less.times_s) == 17 and less.height * less.width < free.height * free.width
+    kept = plan(video, max_area_px=65_536, max_tokens=tokens - 1, min_area_px=65_536)
+    assert (kept.height, kept.width, len(kept.times_s)) == (free.height, free.width, 13)
+    with pytest.raises(VideoError, match=r"too many tokens: over clip.max_tokens=3 with clip.min_frames=17 at 256 px"):
+        plan(video, max_area_px=65_536, max_tokens=3, min_frames=17)
+    with pytest.raises(ValidationError, match="min_area_px: only with max_tokens"):
+        ClipConfig(min_area_px=256)
 
 
 @given(st.integers(16, 3000), st.integers(16, 3000), st.integers(256, 300_000))

@@ -119,7 +119,7 @@ def manifest(config: Config) -> dict[str, Video]:
 def clip_of(video: Video, clip: ClipConfig) -> np.ndarray:
     return decode(
         video.path,
-        plan_clip(video, clip, stride=(4, 8, 8), patch_hw=(1, 1), floor_frames=lambda n: (n - 1) // 4 * 4 + 1),
+        plan_clip(video, clip, stride=(4, 8, 8), patch=(1, 1, 1), floor_frames=lambda n: (n - 1) // 4 * 4 + 1),
     )
 
 

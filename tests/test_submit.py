@@ -257,7 +257,7 @@ def test_the_pipeline_is_the_jobs_that_the_config_has_sections_for() -> None:
     assert [j.name for j in pipeline_jobs(config())] == ["prepare", "encode", "train", "sample"]
     whole = ["prepare", "caption", "encode", "train", "sample"]
     assert [j.name for j in pipeline_jobs(config(caption={"path": "llm"}))] == whole
-    assert "caption" not in [j.name for j in pipeline_jobs(config(caption={"path": "llm", "share": 0}))]
+    assert "caption" not in [j.name for j in pipeline_jobs(config(caption={"path": "llm", "clips": False}))]
     data = tiny.config_data()
     del data["prepare"], data["text"]
     with pytest.raises(ConfigError, match="text: missing; `encode` needs"):

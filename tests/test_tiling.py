@@ -213,8 +213,9 @@ def test_a_tiling_that_no_class_could_have_is_refused_by_the_config(override: di
 def test_the_tiling_is_part_of_what_made_a_cache() -> None:
     def info(**vae: object) -> dict[str, object]:
         config = parse_config({"run": "r", "vae": {"path": "vae", **vae}, "text": {"path": "t5"}})
-        model = SimpleNamespace(id="x", weights_sha256="0", channels=4, stride=(4, 8, 8), dim=16)
-        return encode.cache_info(config, model, model, (1, 1))  # type: ignore[arg-type]
+        model = SimpleNamespace(id="x", weights_sha256="0", channels=4, stride=(4, 8, 8))
+        texts = SimpleNamespace(info=lambda: {"text": {"id": "x", "weights_sha256": "0"}})
+        return encode.cache_info(config, model, texts, (1, 1, 1))  # type: ignore[arg-type]
 
     whole, tiled = info(), info(tiling={"tile_px": 256})
     assert whole["tiling"] is None

@@ -373,7 +373,7 @@ def _through_h264(frames: np.ndarray, fps: float, folder: Path) -> np.ndarray:
     video = Video("0" * 16, str(path), "", found.frames, found.fps, found.width, found.height, found.codec,
                   found.duration_s, path.stat().st_size, 0, "ok", "")  # fmt: skip
     clip = load_config("toy_vae").clip
-    plan = plan_clip(video, clip, stride=(4, 8, 8), patch_hw=(2, 2), floor_frames=lambda n: (n - 1) // 4 * 4 + 1)
+    plan = plan_clip(video, clip, stride=(4, 8, 8), patch=(1, 2, 2), floor_frames=lambda n: (n - 1) // 4 * 4 + 1)
     return decode(path, plan)
 
 

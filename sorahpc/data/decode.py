@@ -8,11 +8,12 @@ code of sorahpc.data.frames; parallelism is over files, by threads that each ask
 from __future__ import annotations
 
 import errno
+import itertools
 import logging
 import math
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -82,41 +83,76 @@ def plan_clip(
     clip: ClipConfig,
     *,
     stride: tuple[int, int, int],
-    patch_hw: tuple[int, int],
+    patch: tuple[int, int, int],
     floor_frames: Callable[[int], int],
 ) -> ClipPlan:
     """Choose the frames and the size of a video's clip.
 
     Frames: from the start, one every 1 / clip.fps seconds as long as the video lasts, at most clip.max_frames, then as
-    many as the VAE takes. A video with fewer frames a second than clip.fps repeats frames; its motion keeps its speed.
+    many as the VAE takes and the patch divides. A video with fewer frames a second than clip.fps repeats frames; its
+    motion keeps its speed.
 
     Size: height and width are multiples of stride x patch, their product at most clip.max_area_px, and neither exceeds
     the video's: nothing is scaled up, since that adds tokens and no detail. Among these the one that keeps most of the
     picture at most resolution: share of the picture left after the crop, times square root of the area.
 
+    Tokens: a clip of more than clip.max_tokens is made smaller, as long as its area stays at clip.min_area_px or more
+    (one patch a frame, where that is None); then shorter.
+
     Args:
         video: a row of the manifest.
         clip: the wishes.
-        stride: (t, h, w) of the VAE.
-        patch_hw: (ph, pw) of the model.
+        stride: (t, h, w) of the VAE; n frames are (n - 1) // t + 1 latent frames.
+        patch: (pt, ph, pw) of the model.
         floor_frames: largest number of frames at most n that the VAE takes, at least 1.
 
     Raises:
-        VideoError: the video is rejected, too short or too small; with its reason.
+        VideoError: the video is rejected: too short, too small, or too many tokens even when shortest; with its reason.
         ConfigError: clip.max_area_px is under one patch, for any video.
     """
     if not video.ok:
         raise VideoError(video.path, video.reason)
     available = max(1, math.ceil(video.duration_s * clip.fps - TIME_TOLERANCE_S * clip.fps))
-    num_frames = floor_frames(min(available, clip.max_frames))
-    if num_frames < clip.min_frames:
+    lengths = _lengths(min(available, clip.max_frames), stride[0], patch[0], floor_frames)
+    longest = next(lengths, 0)
+    if longest < clip.min_frames or longest == 0:
         raise VideoError(
             video.path,
-            f"too short: {video.duration_s:.3g} s, {num_frames} frames at clip.fps={clip.fps:g}; "
+            f"too short: {video.duration_s:.3g} s, {longest} frames at clip.fps={clip.fps:g}; "
             f"clip.min_frames={clip.min_frames}",
         )
-    height, width = _plan_size(video, clip.max_area_px, stride[1] * patch_hw[0], stride[2] * patch_hw[1])
-    return ClipPlan(tuple(i / clip.fps for i in range(num_frames)), height, width)
+    unit_h, unit_w = stride[1] * patch[1], stride[2] * patch[2]
+    whole = _plan_size(video, clip.max_area_px, unit_h, unit_w)
+    least = max(unit_h * unit_w, min(clip.min_area_px or 0, whole[0] * whole[1]))
+    for num_frames in itertools.chain([longest], lengths):
+        if num_frames < clip.min_frames:
+            break
+        height, width = whole
+        layers = ((num_frames - 1) // stride[0] + 1) // patch[0]  # of patches, one after the other in time
+        if clip.max_tokens is not None and layers * (height // unit_h) * (width // unit_w) > clip.max_tokens:
+            area = clip.max_tokens // layers * unit_h * unit_w
+            if area < least:
+                continue
+            height, width = _plan_size(video, area, unit_h, unit_w)
+            if height * width < least:
+                continue
+        return ClipPlan(tuple(i / clip.fps for i in range(num_frames)), height, width)
+    raise VideoError(
+        video.path,
+        f"too many tokens: over clip.max_tokens={clip.max_tokens} with clip.min_frames={clip.min_frames} "
+        f"at {least} px or more (clip.min_area_px)",
+    )
+
+
+def _lengths(most: int, stride_t: int, pt: int, floor_frames: Callable[[int], int]) -> Iterator[int]:
+    """Lengths in frames that the VAE takes and the patch divides, from `most` down."""
+    n = floor_frames(most)
+    while True:
+        if ((n - 1) // stride_t + 1) % pt == 0:
+            yield n
+        if n <= 1:
+            return
+        n = floor_frames(n - 1)
 
 
 def _plan_size(video: Video, max_area_px: int, unit_h: int, unit_w: int) -> tuple[int, int]:

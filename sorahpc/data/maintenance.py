@@ -382,14 +382,17 @@ def list_samples(folder: Path) -> list[dict[str, Any]]:
     """A row a sample: key, shard, shape (C,T,H,W), frames (of the clip), duration_s, tokens, text_len, caption,
     detailed, source.
 
-    `tokens` is of patches of one latent frame and of `patch_hw` of cache.json; `frames` and `duration_s` are the
-    clip's, as it was encoded.
+    `tokens` is of patches of `patch_t` latent frames (1 where cache.json has none) and `patch_hw`; `frames` and
+    `duration_s` are the clip's, as it was encoded.
 
     Raises:
         DataError: no finished cache here.
     """
     cache = LatentCache(folder)
     (stride_t, *_), (ph, pw) = (_ints(folder, cache.info, name, n) for name, n in (("stride", 3), ("patch_hw", 2)))
+    pt = cache.info.get("patch_t") or 1
+    if type(pt) is not int or pt < 1:
+        raise DataError(f"{shown(folder / INFO)}: field `patch_t`: expected a size or null, found {pt!r}")
     rows = []
     for i, key in enumerate(cache.keys):
         c, t, h, w = (int(v) for v in cache.shapes[i])
@@ -398,7 +401,7 @@ def list_samples(folder: Path) -> list[dict[str, Any]]:
             {
                 "key": key, "shard": cache.index.shards[cache.index.shard_of[i]], "shape": [c, t, h, w],
                 "frames": frames, "duration_s": frames / float(cache.fps[i]) if cache.fps[i] > 0 else 0.0,
-                "tokens": t * (h // ph) * (w // pw), "text_len": int(cache.text_lens[i]),
+                "tokens": (t // pt) * (h // ph) * (w // pw), "text_len": int(cache.text_lens[i]),
                 "caption": cache.captions[i], "detailed": cache.detailed[i], "source": cache.sources[i],
             }
         )  # fmt: skip

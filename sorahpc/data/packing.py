@@ -47,7 +47,7 @@ class Packer:
         if tokens[worst] > tokens_per_pack:
             raise DataError(
                 f"train.tokens_per_pack: {tokens_per_pack}, but sample {worst} of the cache has {tokens[worst]} tokens;"
-                f" raise it to at least that, or encode with a smaller clip.max_area_px or clip.max_frames"
+                f" raise it to at least that, or encode with clip.max_tokens of at most that"
             )
         self.tokens, self.order, self.seed = tokens, order, seed
         self.packs_per_step, self.tokens_per_pack = packs_per_step, tokens_per_pack

@@ -70,12 +70,12 @@ def run(config: Config, task: Task) -> None:
     device = torch.device("cuda", task.local_rank % torch.cuda.device_count()) if torch.cuda.is_available() else "cpu"
     vae = load_vae(config.vae.path, config.vae.dtype, device, config.vae.tiling)
     texts = load_texts(config.text, device)
-    patch_hw = config.model.patch[1:] if config.model else (1, 1)
+    patch = config.model.patch if config.model else (1, 1, 1)
     decoder = _decoder(config.encode.decoder)
     gpu = task.local_rank % max(1, torch.cuda.device_count())
     folder = config.cache_dir
     try:
-        pin_info(folder, cache_info(config, vae, texts, patch_hw, decoder))
+        pin_info(folder, cache_info(config, vae, texts, patch, decoder))
         # Of PyAV, and of no CLIP, cache.json says nothing; so one that has DALI or CLIP passes above.
         check_info(folder / INFO, {"decoder": "pyav", **read_info(folder)}, {"decoder": decoder})
         if texts.clip is None:
@@ -98,8 +98,7 @@ def run(config: Config, task: Task) -> None:
     readers: Counter[str] = Counter()
 
     def decoded(video: Video) -> Clip:
-        ph, pw = patch_hw
-        plan = plan_clip(video, config.clip, stride=vae.stride, patch_hw=(ph, pw), floor_frames=vae.floor_frames)
+        plan = plan_clip(video, config.clip, stride=vae.stride, patch=patch, floor_frames=vae.floor_frames)
         return decode_by(decoder, video.path, plan, gpu)
 
     rows = [every[row] for shard in missing for row in shard.rows]
@@ -164,7 +163,7 @@ def _ahead(videos: list[Video], decoded: Callable[[Video], Clip]) -> Iterator[It
 
 
 def cache_info(
-    config: Config, vae: Vae, texts: TextEncoders, patch_hw: tuple[int, ...], decoder: str = "pyav"
+    config: Config, vae: Vae, texts: TextEncoders, patch: tuple[int, int, int], decoder: str = "pyav"
 ) -> dict[str, Any]:
     """What decides the cache's content, as pinned in cache.json."""
     assert config.vae is not None and config.text is not None
@@ -181,9 +180,11 @@ def cache_info(
         "dtype": config.encode.dtype,
         "channels": vae.channels,
         "stride": list(vae.stride),
-        "patch_hw": list(patch_hw),
+        "patch_hw": list(patch[1:]),
+        # None, and of the clip what is None, is as good as absent: caches from before there was a choice stay right.
+        "patch_t": patch[0] if patch[0] > 1 else None,
         "clip": clip.model_dump(mode="json"),
-        "clip_sha256": config_hash(clip),
+        "clip_sha256": config_hash(clip.model_dump(mode="json", exclude_none=True)),
         "preprocess": PREPROCESS,
         "tiling": config.vae.tiling.model_dump(mode="json") if config.vae.tiling else None,
     }

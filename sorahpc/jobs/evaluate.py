@@ -152,7 +152,8 @@ def _pair(
     again = vae.decode(latent)
     clip = ClipConfig.model_validate(cache.info["clip"])  # as it was encoded, whatever the config says today
     ph, pw = cache.info["patch_hw"]
-    plan = plan_clip(videos[key], clip, stride=vae.stride, patch_hw=(ph, pw), floor_frames=vae.floor_frames)
+    patch = (cache.info.get("patch_t") or 1, ph, pw)
+    plan = plan_clip(videos[key], clip, stride=vae.stride, patch=patch, floor_frames=vae.floor_frames)
     real = decode(videos[key].path, plan)
     if real.shape != again.shape:
         raise DataError(

@@ -274,7 +274,7 @@ def _load_clips(
         if task.stop_requested():
             raise Stopped("train_vae: stopped while reading the clips; nothing to save yet")
         try:
-            plan = plan_clip(video, clip, stride=vae.stride, patch_hw=(1, 1), floor_frames=vae.floor_frames)
+            plan = plan_clip(video, clip, stride=vae.stride, patch=(1, 1, 1), floor_frames=vae.floor_frames)
             clips.append(decode(video.path, plan))
         except DataError as error:
             log.warning("left out: %s", error)
