@@ -460,7 +460,9 @@ class KernelsConfig(Section):
     baseline: ConfigPath | None = Field(
         None, description="node.json of an earlier measurement, or a folder that holds one of this device"
     )
-    margin: float = Field(0.1, ge=0, le=10, description="an op slower than the baseline by this share: exit code 17")
+    margin: float | None = Field(
+        None, ge=0, le=10, description="an op slower than the baseline by this share: exit code 17; None: 0.1"
+    )
     resources: ArrayResources = ArrayResources()
 
     @model_validator(mode="after")
@@ -471,6 +473,8 @@ class KernelsConfig(Section):
             raise ValueError(f"only: the beginning of one of {', '.join(KERNEL_CASES)}, not {self.only!r}")
         if len(set(self.threads)) < len(self.threads):
             raise ValueError(f"threads: different numbers, not {list(self.threads)}")
+        if self.margin is not None and self.baseline is None:
+            raise ValueError("margin: kernels.baseline beside it, which it is held against; found none")
         return self
 
 

@@ -250,6 +250,10 @@ def test_options_of_profile_are_overrides_of_its_sections(tmp_path: Path, here: 
             "train.betas: expected at most 2 items, found [0.1, 0.2, 0.3]",
         ),
         (["train", config, "--tool", "gdb"], "profile.tool: expected 'torch', 'nsys' or 'ncu', found \"gdb\""),
+        (
+            ["kernels", "--margin", "0.2"],
+            "kernels.margin: expected kernels.baseline beside it, which it is held against",
+        ),
         (["kernels", "--margin", "-1"], "kernels.margin: expected greater than or equal to 0, found -1"),
         (["kernels", "--baseline", "nowhere.json", "--dry-run=x"], "--dry-run"),
         (

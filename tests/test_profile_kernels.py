@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from sorahpc import cli, ops
-from sorahpc.cli.launching import launch_job
+from sorahpc.cli.launching import launch_job, left_out
 from sorahpc.config import KERNEL_CASES
 from sorahpc.configfile import parse_config
 from sorahpc.errors import ConfigError, DataError, NumericsError, SlowerError, SoraHPCError, Stopped
@@ -356,6 +356,13 @@ def test_what_has_no_counterpart_in_the_baseline_is_said(
     monkeypatch.setattr(kernels, "kernel_cases", lambda *_: iter(cases))
     run(tmp_path, baseline=str(kept), margin=10.0)
     assert "kernels.baseline: 1 of the 2 ops measured now have no counterpart" in caplog.text
+    config = parse_config({"run": "p", "runs_dir": str(tmp_path / "runs")})
+    assert left_out(config, "profile-kernels") == (
+        {"compared": 1, "not_in_baseline": 1},
+        ["1 ops are no slower than kernels.baseline allows; 1 have no counterpart in it and are held to nothing"],
+    )
+    run(tmp_path)
+    assert left_out(config, "profile-kernels") == ({}, []), "of another measurement"
 
 
 @pytest.mark.usefixtures("one_case")

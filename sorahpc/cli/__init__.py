@@ -20,7 +20,7 @@ from sorahpc.cli.launching import (
     RunArg,
     Wait,
     launch_job,
-    rejected,
+    left_out,
     say,
 )
 from sorahpc.errors import ConfigError, SetupError, SoraHPCError
@@ -141,7 +141,7 @@ def _pipeline_here(config: Config, as_json: bool) -> int:
         results.append({"job": job.name, "exit_code": code})
         if code:
             break
-        number, lines = rejected(config, job.name)
+        number, lines = left_out(config, job.name)
         results[-1] |= number
         if not as_json:
             print("".join(f"{job.name}: {line}\n" for line in lines), end="", flush=True)

@@ -59,7 +59,7 @@ def launch_job(job_name: str, config: str, overrides: list[str], cluster: str | 
     if not finished:
         text = f"{job.name}: submitted as Slurm job {job_id}; see `sorahpc status {loaded.run_dir}`"
     if finished and code == 0:
-        number, lines = rejected(loaded, job.name)
+        number, lines = left_out(loaded, job.name)
         result |= number
         text = "\n".join([text, *lines])
     if code == 0 or how["as_json"]:
@@ -67,13 +67,19 @@ def launch_job(job_name: str, config: str, overrides: list[str], cluster: str | 
     return code
 
 
-def rejected(config: Config, job: str) -> tuple[dict[str, int], list[str]]:
-    """What a finished prepare, caption or encode could not use: its number as JSON, and the first names with their
-    reasons."""
+def left_out(config: Config, job: str) -> tuple[dict[str, int], list[str]]:
+    """What a finished job could not use or judge: its number as JSON, and lines of the first, with reasons."""
     if job == "caption":
         return _kept(config)
-    if job not in ("prepare", "encode"):
-        return {}, []
+    if job == "profile-kernels":
+        return _compared(config)
+    if job in ("prepare", "encode"):
+        return _rejected(config, job)
+    return {}, []
+
+
+def _rejected(config: Config, job: str) -> tuple[dict[str, int], list[str]]:
+    """The videos that prepare or encode could not use."""
     from sorahpc.data.manifest import MANIFEST, REJECTED, read_manifest, shown
 
     path = config.run_dir / MANIFEST if job == "prepare" else config.cache_dir / REJECTED
@@ -102,3 +108,17 @@ def _kept(config: Config) -> tuple[dict[str, int], list[str]]:
     if len(rows) > MAX_REJECTED_SHOWN:
         lines.append(f"and {len(rows) - MAX_REJECTED_SHOWN} more; see {path}")
     return {"kept": len(rows)}, lines
+
+
+def _compared(config: Config) -> tuple[dict[str, int], list[str]]:
+    """How much of the kernels was held against a baseline, where there is one."""
+    from sorahpc.profiling.results import COMPARED
+    from sorahpc.runs import JobFolder, read_json
+
+    found = read_json(JobFolder(config.run_dir, "profile-kernels").path / COMPARED)
+    if found is None:
+        return {}, []
+    line = f"{found['compared']} ops are no slower than kernels.baseline allows"
+    if found["not_in_baseline"]:
+        line += f"; {found['not_in_baseline']} have no counterpart in it and are held to nothing"
+    return found, [line]

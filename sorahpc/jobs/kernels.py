@@ -4,6 +4,7 @@ profile/kernels/<device>.json         ceilings and rows; a baseline for later me
                 <device>.csv          the rows as a table
                 <device>.small.json   and .csv, of `kernels.small`
 profile/index.html                    all that this run has measured, of every device
+jobs/profile-kernels/compared.json    against a baseline: how many ops were compared, and how many are not in it
 
 Measured again, a case replaces what the run has of it; what is not measured again stays. Files are written after each
 case, so a stop or a crash keeps what was measured. A job that Slurm requeues on the same node goes on with the others,
@@ -31,6 +32,8 @@ from sorahpc.runs import Task, read_json, read_state, write_json
 
 Key = tuple[str, str, str, int]
 
+DEFAULT_MARGIN = 0.1
+
 log = logging.getLogger(__name__)
 
 
@@ -51,6 +54,8 @@ def profile(config: Config, task: Task) -> None:
     target = folder / "kernels" / results.file_name(device_name(device), wanted.small)
     before = _baseline(wanted, target, device) if wanted.baseline is not None else None
     record = _Record(task, target)
+    compared = task.folder.path / results.COMPARED
+    compared.unlink(missing_ok=True)  # of an earlier measurement
     timing.keep_freed_memory()
     try:
         _measure(wanted, device, task, record)
@@ -61,7 +66,7 @@ def profile(config: Config, task: Task) -> None:
             except DataError as error:  # of another job's file; what was measured is kept and judged all the same
                 log.warning("no page: %s", error)
     if before is not None:
-        _judge(record.of_this_job(), before, wanted.margin)
+        _judge(record.of_this_job(), before, DEFAULT_MARGIN if wanted.margin is None else wanted.margin, compared)
 
 
 def _baseline(wanted: KernelsConfig, target: Path, device: torch.device) -> results.Node:
@@ -153,11 +158,12 @@ def _measure(wanted: KernelsConfig, device: torch.device, task: Task, record: _R
     log.info("wrote %s, and its rows as %s", record.target, record.target.with_suffix(".csv").name)
 
 
-def _judge(node: results.Node, before: results.Node, margin: float) -> None:
-    """Log every change, and raise SlowerError for those beyond the margin."""
+def _judge(node: results.Node, before: results.Node, margin: float, compared: Path) -> None:
+    """Log every change, write their number, and raise SlowerError for those beyond the margin."""
     slower = []
     changes = results.compare(node, before)
     measured = sum(row.candidate == OURS for row in node.rows)
+    write_json(compared, {"compared": len(changes), "not_in_baseline": measured - len(changes)})
     if len(changes) < measured:
         log.warning(
             "kernels.baseline: %d of the %d ops measured now have no counterpart in it and are held to nothing",

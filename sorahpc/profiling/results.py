@@ -18,6 +18,7 @@ from sorahpc.profiling.machine import slug_of
 from sorahpc.runs import atomic_write, read_json, write_json
 
 FORMAT = 2
+COMPARED = "compared.json"  # in the job's folder: how many ops were held against a baseline
 OURS = "sorahpc"  # the candidate that is measured against the others
 
 
