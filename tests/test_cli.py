@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -176,24 +175,11 @@ def imported(*args: str, cwd: Path) -> list[str]:
     return json.loads(done.stdout.splitlines()[-1].removeprefix("IMPORTED ").replace("'", '"'))
 
 
-def cpu_seconds(*args: str | Path, cwd: Path) -> float:
-    """CPU time of a call, the least of five: the wall time of a busy machine says little."""
-    times = []
-    for _ in range(5):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        assert tiny.sorahpc(*args, cwd=cwd).returncode == 0
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-    return min(times)
-
-
-def test_help_and_status_start_within_half_a_second_and_without_torch(tmp_path: Path) -> None:
+def test_help_status_logs_and_config_need_none_of_the_heavy_libraries(tmp_path: Path) -> None:
     config = tiny.write_config(tmp_path)
     assert tiny.sorahpc("pipeline", config, cwd=tmp_path).returncode == 0
     for args in (["--help"], ["status", "tiny"], ["logs", "tiny"], ["config", "show", str(config)]):
         assert imported(*args, cwd=tmp_path) == []
-    assert cpu_seconds("--help", cwd=tmp_path) < 0.5
-    assert cpu_seconds("status", "tiny", cwd=tmp_path) < 0.5
 
 
 def test_a_dry_run_for_slurm_needs_no_torch(tmp_path: Path) -> None:
