@@ -34,7 +34,9 @@ def read_by_dali(path: Path, plan: ClipPlan) -> np.ndarray:
     return clip
 
 
-def transcoded(path: Path, frames: np.ndarray, codec: str, colorspace: int, color_range: int) -> Path:
+def transcoded(
+    path: Path, frames: np.ndarray, codec: str, colorspace: int, color_range: int, color_trc: int = 1
+) -> Path:
     """25 frames a second, flagged so and converted so."""
     pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
     options = {} if codec == "mjpeg" else {"b": "4M", "deadline": "realtime", "cpu-used": "8"}
@@ -42,6 +44,7 @@ def transcoded(path: Path, frames: np.ndarray, codec: str, colorspace: int, colo
         stream = container.add_stream(codec, rate=25, options=options)
         stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], pix_fmt
         stream.codec_context.colorspace, stream.codec_context.color_range = colorspace, color_range
+        stream.codec_context.color_trc = color_trc
         for i, pixels in enumerate(frames):
             frame = av.VideoFrame.from_ndarray(pixels, format="rgb24").reformat(
                 format=pix_fmt, dst_colorspace=colorspace, dst_color_range=color_range
@@ -104,6 +107,9 @@ def test_what_dali_can_not_read_right_is_read_by_pyav_and_said(
     files = {
         "h264 is not for DALI on the CPU": write_video(tmp_path / "a.mp4", numbered(9)),
         "yuv444p is not for DALI": write_video(tmp_path / "b.webm", numbered(9), codec="libvpx-vp9", pix_fmt="yuv444p"),
+        "interlaced, HDR or of wide gamut": transcoded(
+            tmp_path / "d.webm", green // 2, "libvpx-vp9", 1, 1, color_trc=16
+        ),
         "colours beyond BT.601's RGB": transcoded(tmp_path / "c.webm", green, "libvpx-vp9", 1, 1),
     }
     for why, path in files.items():

@@ -462,6 +462,105 @@ def test_a_turned_recording_is_shown_upright(tmp_path: Path, matrix: tuple[int, 
     assert (after[0] == np.rot90(before[0], turns)).all()
 
 
+@pytest.mark.parametrize("matrix", [(-1, 0, 0, 1), (1, 0, 0, -1), (0, 1, 1, 0), (0, -1, -1, 0)])
+def test_a_mirrored_recording_is_shown_as_its_matrix_says(tmp_path: Path, matrix: tuple[int, int, int, int]) -> None:
+    frames = numbered(5, height=48, width=80)
+    frames[:, :16, :32] = (230, 40, 40)
+    path = write_video(tmp_path / "a.mp4", frames, options={"crf": "6"})
+    before = decode(path, at(48, 80, 0.25))[0]
+    claim_matrix(path, matrix)
+    a, b, c, d = matrix
+    y, x = np.mgrid[:48, :80]
+    to_x, to_y = a * x + c * y, b * x + d * y  # ISO 14496-12, 6.2.2, moved so that all is right of and below 0
+    expected = np.empty((48, 80, 3) if a else (80, 48, 3), np.uint8)
+    expected[to_y - to_y.min(), to_x - to_x.min()] = before
+    video = probed(path)
+    assert (video.height, video.width) == expected.shape[:2]
+    assert (decode(path, at(video.height, video.width, 0.25))[0] == expected).all()
+
+
+def interlaced(path: Path, count: int, size: int = 96) -> Path:
+    """A bar that moves by 3 px a field: field i shows it from 3 i on, at 2 fields a frame."""
+    frames = np.zeros((count, size, size, 3), np.uint8)
+    for i in range(2 * count):
+        frames[i // 2, i % 2 :: 2, :, :][:, 3 * i : 3 * i + 24] = 255
+    options = {"flags": "+ildct+ilme", "x264-params": "tff=1", "crf": "6"}
+    return write_video(path, frames, fps=25, pix_fmt="yuv444p", options=options)
+
+
+@pytest.mark.parametrize("count", [2, 8])
+def test_fields_of_interlaced_frames_are_made_whole(tmp_path: Path, count: int) -> None:
+    path = interlaced(tmp_path / "a.mp4", count)
+    with av.open(str(path)) as container:
+        woven = [f.to_ndarray(format="rgb24")[..., 0].astype(int) for f in container.decode(video=0)]
+    assert len(woven) == count and np.abs(np.diff(woven[-1], axis=0)).mean() > 10  # combs
+    clip = decode(path, at(96, 96, *(i / 25 for i in range(count))))[..., 0].astype(int)
+    for i, picture in enumerate(clip):
+        assert np.abs(np.diff(picture[8:-8], axis=0)).mean() < 1
+        begins = int(np.argmax(picture[48] > 128))
+        assert abs(begins - 6 * i) <= 3, (i, begins)  # at the time of one of its fields
+
+
+def _pq(nits: np.ndarray) -> np.ndarray:
+    """SMPTE ST 2084, the inverse EOTF."""
+    y = (nits / 10_000) ** (2610 / 16384)
+    return ((3424 / 4096 + 2413 / 128 * y) / (1 + 2392 / 128 * y)) ** (2523 / 32)
+
+
+def _hlg(nits: np.ndarray) -> np.ndarray:
+    """ITU-R BT.2100, the inverse OOTF and the OETF of a grey on a display of 1,000 cd/m2."""
+    e = (nits / 1000) ** (1 / 1.2)
+    return np.where(
+        e <= 1 / 12, np.sqrt(3 * e), 0.17883277 * np.log(np.maximum(12 * e - 0.28466892, 1e-9)) + 0.55991073
+    )
+
+
+def flagged(path: Path, levels: np.ndarray, trc: int, primaries: int, matrix: int = 9) -> Path:
+    """One frame of 64 x 64 px of Y'CbCr [3] in [0, 1] and [-0.5, 0.5], in 10 bits, limited range, flagged so."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("ffv1", rate=8)
+        stream.height = stream.width = 64
+        stream.pix_fmt = "yuv444p10le"
+        context = stream.codec_context
+        context.colorspace, context.color_range, context.color_trc, context.color_primaries = matrix, 1, trc, primaries
+        frame = av.VideoFrame(64, 64, "yuv444p10le")
+        codes = np.rint(levels * (876, 896, 896) + (64, 512, 512)).astype(np.uint16)
+        for plane, code in zip(frame.planes, codes, strict=True):
+            plane.update(np.full(plane.buffer_size // 2, code, np.uint16).tobytes())
+        frame.colorspace, frame.color_range, frame.color_trc, frame.color_primaries = matrix, 1, trc, primaries
+        frame.pts, frame.time_base = 0, Fraction(1, 8)
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path
+
+
+@pytest.mark.parametrize("trc", [16, 18])
+@pytest.mark.parametrize("nits", [0, 1, 10, 50, 100, 180, 203, 600])
+def test_hdr_is_shown_as_on_a_display_whose_white_is_the_reference_white(tmp_path: Path, trc: int, nits: int) -> None:
+    code = float((_pq if trc == 16 else _hlg)(np.float64(nits)))
+    path = flagged(tmp_path / "a.mkv", np.array([code, 0, 0]), trc, 9)
+    assert probe(path).frames == 1
+    expected = 255 * min(1, nits / 203) ** (1 / 2.4)  # BT.1886, the display of BT.709
+    assert np.abs(decode(path, at(64, 64, 0)) - expected).max() <= 1.5  # a code of 10 bits is up to 1.3 levels wide
+
+
+def test_colours_of_a_wide_gamut_keep_their_place_in_the_narrow_one(tmp_path: Path) -> None:
+    to_2020 = np.array(  # ITU-R BT.2087, linear BT.709 to linear BT.2020
+        [[0.6274, 0.3293, 0.0433], [0.0691, 0.9195, 0.0114], [0.0164, 0.0880, 0.8956]]
+    )
+    for rgb in [(0.7, 0.3, 0.2), (0.2, 0.7, 0.3), (0.25, 0.3, 0.7), (0.5, 0.5, 0.5)]:
+        r, g, b = (to_2020 @ np.power(rgb, 2.4)) ** (1 / 2.4)
+        y = 0.2627 * r + 0.6780 * g + 0.0593 * b
+        path = flagged(tmp_path / "a.mkv", np.array([y, (b - y) / 1.8814, (r - y) / 1.4746]), 14, 9)
+        assert np.abs(decode(path, at(64, 64, 0))[0, 9, 9] - 255 * np.array(rgb)).max() <= 1, rgb
+
+
+def test_colours_that_can_not_be_converted_are_refused_by_prepare_already(tmp_path: Path) -> None:
+    path = flagged(tmp_path / "a.mkv", np.array([0.5, 0.1, 0.1]), 1, 1, matrix=8)  # YCgCo
+    with pytest.raises(VideoError, match="can't convert yuv444p10le of matrix 8 to RGB: "):
+        probe(path)
+
+
 def test_pixels_that_are_not_square_are_made_square(tmp_path: Path) -> None:
     frames = np.zeros((5, 64, 64, 3), np.uint8)
     y, x = np.mgrid[:64, :64]

@@ -201,9 +201,11 @@ def probe(path: Path | str) -> Probe:
 def decode(path: Path | str, plan: ClipPlan) -> np.ndarray:
     """The pixels of a plan, by PyAV.
 
-    For each time the frame on screen then: the last one presented at or before it. Rotation and pixel aspect are
-    honoured, the picture is scaled to cover the size and cropped in the middle. Colours are converted as the stream
-    flags them; unflagged ones by BT.709 from 720 lines or 1280 columns on, else by BT.601, as players do.
+    For each time the frame on screen then: the last one presented at or before it. Rotation, mirroring and pixel aspect
+    are honoured, fields of interlaced frames are made whole, the picture is scaled to cover the size and cropped in the
+    middle. Colours are converted as the stream flags them; unflagged ones by BT.709 from 720 lines or 1280 columns on,
+    else by BT.601, as players do. Of HDR (PQ, HLG) what is brighter than the reference white of ITU-R BT.2408,
+    203 cd/m2, is white.
 
     Returns:
         uint8 [T, H, W, 3], RGB.

@@ -10,10 +10,13 @@ other files), only the decoders of DECODERS look at their streams, and a frame h
 from __future__ import annotations
 
 import errno
+import functools
 import itertools
 import math
 import os
+import struct
 import traceback
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -22,8 +25,16 @@ from typing import IO, Any
 
 import av
 import numpy as np
+from av.filter import Graph
 from av.stream import Disposition
-from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
+from av.video.reformatter import (
+    ColorPrimaries,
+    ColorRange,
+    Colorspace,
+    ColorTrc,
+    Interpolation,
+    VideoReformatter,
+)
 
 MAX_PIXELS = 8192 * 8192  # a frame; twice 8K. A header may claim any size, and the decoder would allocate it
 MAX_FRAMES = 10_000_000  # a file; 4 days at 30 fps
@@ -38,6 +49,14 @@ DECODERS = tuple(
     "rawvideo".split()
 )
 _AVCOL_SPC_UNSPECIFIED, _AVCOL_SPC_SMPTE170M = 2, 6  # as in a frame; 170M is BT.601's
+_HDR = (ColorTrc.SMPTE2084, ColorTrc.ARIB_STD_B67)  # PQ, HLG
+# x and y of red, green and blue, all with the white of D65. Narrow ones other than BT.709's are near enough to it.
+_WIDE = {
+    ColorPrimaries.BT2020: ((0.708, 0.292), (0.170, 0.797), (0.131, 0.046)),
+    ColorPrimaries.SMPTE432: ((0.680, 0.320), (0.265, 0.690), (0.150, 0.060)),  # P3, as phones and screens have it
+}
+_BT709, _D65 = ((0.640, 0.330), (0.300, 0.600), (0.150, 0.060)), (0.3127, 0.3290)
+_WHITE_NITS = 203  # of HDR, which becomes white: ITU-R BT.2408
 _MAX_CLIPPED = 1e-3  # such a pixel is up to 30 levels off
 _DALI_BYTES = 256 << 20  # of frames that are held at a time
 # Chroma interpolated instead of repeated: half the error at hard edges, for a tenth of the time.
@@ -207,8 +226,9 @@ def probe(file: IO[bytes]) -> Probe:
             duration_s = float((last_end - first_pts) * stream.time_base)
         else:
             duration_s = float(frames / rate) if rate else 0.0
+        _pixels(picture, _turn(picture), stream, ClipPlan((0.0,), 16, 16), VideoReformatter())  # can it be converted?
         width, height = _display_size(picture, stream)
-        if abs(picture.rotation) % 180 == 90:
+        if _turn(picture)[0] % 2:
             width, height = height, width
         fps = frames / duration_s if duration_s > 0 else 0.0
         return Probe(frames, fps, round(width), round(height), stream.codec_context.codec.canonical_name, duration_s)
@@ -234,9 +254,11 @@ def _display_size(frame: Any, stream: Any) -> tuple[float, float]:
 def decode(file: IO[bytes], plan: ClipPlan, clip: np.ndarray) -> None:
     """The pixels of a plan, written into `clip`, uint8 [T, H, W, 3], RGB.
 
-    For each time the frame on screen then: the last one presented at or before it. Rotation and pixel aspect are
-    honoured, the picture is scaled to cover the size and cropped in the middle. Colours are converted as the stream
-    flags them; unflagged ones by BT.709 from 720 lines or 1280 columns on, else by BT.601, as players do.
+    For each time the frame on screen then: the last one presented at or before it. Rotation, mirroring and pixel aspect
+    are honoured, fields of interlaced frames are made whole, the picture is scaled to cover the size and cropped in the
+    middle. Colours are converted as the stream flags them; unflagged ones by BT.709 from 720 lines or 1280 columns on,
+    else by BT.601, as players do. Of HDR (PQ, HLG) what is brighter than the reference white of ITU-R BT.2408,
+    203 cd/m2, is white.
 
     Raises:
         Unusable: the file can't be read, is corrupt, or ends before the plan does. MemoryError.
@@ -251,10 +273,10 @@ def decode(file: IO[bytes], plan: ClipPlan, clip: np.ndarray) -> None:
             """Fill the times before `until_s` that are still open with this frame."""
             last = int(np.searchsorted(times_s, until_s - TIME_TOLERANCE_S))
             if last > done:
-                clip[done:last] = _pixels(frame, frame.rotation, stream, plan, reformatter)
+                clip[done:last] = _pixels(frame, _turn(frame), stream, plan, reformatter)
             return max(done, last)
 
-        for frame, begins_s, length_s in _presented(container, stream):
+        for frame, begins_s, length_s in _deinterlaced(_presented(container, stream)):
             if on_screen is not None:
                 done = show(on_screen, begins_s)
                 if done == len(times_s):
@@ -272,6 +294,7 @@ def _presented(container: Any, stream: Any) -> Iterator[tuple[Any, float, float]
     rate = stream.average_rate or stream.guessed_rate
     step_s = float(1 / rate) if rate else 0.0
     start_s = None
+    time_s = -step_s
     frames = container.decode(stream)
     for count in itertools.count():
         try:
@@ -282,9 +305,57 @@ def _presented(container: Any, stream: Any) -> Iterator[tuple[Any, float, float]
             return
         if frame.is_corrupt:
             raise Unusable(f"corrupt: frame {count} has errors")
-        time_s = count * step_s if frame.pts is None else float(frame.pts * frame.time_base)
+        time_s = time_s + step_s if frame.pts is None else float(frame.pts * frame.time_base)
         start_s = time_s if start_s is None else start_s
         yield frame, time_s - start_s, float(frame.duration * frame.time_base) if frame.duration else step_s
+
+
+def _deinterlaced(presented: Iterator[tuple[Any, float, float]]) -> Iterator[tuple[Any, float, float]]:
+    """What `_presented` gives, with each interlaced frame made of its first field and what moved around it (bwdif).
+
+    Two fields are two moments: woven into one picture, all that moves has combs.
+    """
+    graph: Graph | None = None
+    kind: tuple[Any, ...] = ()
+    times: deque[tuple[float, float]] = deque()  # of the frames that are in the filter: it gives one for each
+
+    def ready(graph: Graph) -> Iterator[tuple[Any, float, float]]:
+        while times:
+            try:
+                frame = graph.vpull()
+            except (av.BlockingIOError, av.EOFError):
+                return
+            yield frame, *times.popleft()
+
+    try:
+        for count, (frame, begins_s, length_s) in enumerate(presented):
+            now = (frame.width, frame.height, frame.format.name)
+            if graph is not None and now != kind:  # a filter takes one size
+                graph.vpush(None)
+                yield from ready(graph)
+                graph = None
+            if graph is None:
+                if not frame.interlaced_frame:
+                    yield frame, begins_s, length_s
+                    continue
+                graph, kind = Graph(), now
+                graph.threads = 1
+                source = graph.add_buffer(
+                    width=frame.width, height=frame.height, format=frame.format, time_base=Fraction(1, 1000)
+                )
+                graph.link_nodes(
+                    source, graph.add("bwdif", "mode=send_frame:deint=interlaced"), graph.add("buffersink")
+                )
+                graph.configure()
+            frame.pts, frame.time_base = count, Fraction(1, 1000)  # their real times are kept here
+            times.append((begins_s, length_s))
+            graph.vpush(frame)
+            yield from ready(graph)
+        if graph is not None:
+            graph.vpush(None)
+            yield from ready(graph)
+    except av.FFmpegError as error:
+        raise Unusable(f"can't deinterlace: {_ffmpeg_words(error)}") from None
 
 
 def decode_dali(file: IO[bytes], plan: ClipPlan, clip: np.ndarray, gpu: int) -> None:
@@ -303,6 +374,8 @@ def decode_dali(file: IO[bytes], plan: ClipPlan, clip: np.ndarray, gpu: int) -> 
         first, times_s, ends_s = _timed(container, stream, plan.times_s[-1])
         if plan.times_s[-1] >= ends_s + TIME_TOLERANCE_S:
             raise Unusable("truncated")
+        if first.interlaced_frame or first.color_trc in _HDR or first.color_primaries in _WIDE:
+            raise Unusable("interlaced, HDR or of wide gamut: not for DALI")
         numbers = np.searchsorted(times_s - TIME_TOLERANCE_S, plan.times_s, side="right") - 1
         told = first.colorspace if first.colorspace != _AVCOL_SPC_UNSPECIFIED else _usual_colorspace(first)
         by_601 = told in (Colorspace.ITU601, Colorspace.ITU624, _AVCOL_SPC_SMPTE170M)
@@ -332,7 +405,7 @@ def decode_dali(file: IO[bytes], plan: ClipPlan, clip: np.ndarray, gpu: int) -> 
                         threads=1,
                     )
                     frame.colorspace, frame.color_range = told, ColorRange.JPEG
-                clip[numbers == number] = _pixels(frame, first.rotation, stream, plan, reformatter)
+                clip[numbers == number] = _pixels(frame, _turn(first), stream, plan, reformatter)
 
 
 def _clipped(pictures: np.ndarray) -> float:
@@ -378,9 +451,70 @@ def _usual_colorspace(frame: Any) -> int:
     return int(Colorspace.ITU709 if hd else Colorspace.ITU601)
 
 
-def _pixels(frame: Any, rotation: int, stream: Any, plan: ClipPlan, reformatter: VideoReformatter) -> np.ndarray:
-    """uint8 [H, W, 3] of the plan's size: scaled to cover, cropped in the middle, upright."""
-    quarters = round(rotation / 90) % 4  # counter-clockwise
+def _ordinary(rgb: np.ndarray, trc: int, primaries: int) -> np.ndarray:
+    """HDR or wide-gamut R'G'B', uint16 [H, W, 3], as ordinary video: BT.709 on the display of BT.1886, uint8.
+
+    What is brighter than the reference white, or outside of BT.709's gamut, is cut off. FFmpeg's own conversion gives
+    the same to a level, but takes seconds a clip to prepare.
+    """
+    light = _light(trc)[rgb]  # of the display, the white being 1; of HLG, of the scene
+    matrix = _to_bt709(
+        ColorPrimaries.BT2020 if primaries not in _WIDE and primaries != ColorPrimaries.BT709 else primaries
+    )
+    if trc == ColorTrc.ARIB_STD_B67:  # BT.2100's OOTF, for a display of 1,000 cd/m2
+        luminance = light @ np.array([0.2627, 0.6780, 0.0593], np.float32)
+        light *= (1000 / _WHITE_NITS * luminance**0.2)[..., None]
+    light = np.clip(light @ matrix.T, 0, 1)
+    return np.rint(255 * light ** (1 / 2.4)).astype(np.uint8)
+
+
+@functools.cache
+def _light(trc: int) -> np.ndarray:
+    """The light of each of 65,536 code values, float32."""
+    code = np.minimum(np.arange(1 << 16) / (255 << 8), 1)  # swscale's white, 255 in the upper byte
+    if trc == ColorTrc.SMPTE2084:  # its EOTF
+        root = code ** (32 / 2523)
+        nits = 10_000 * (np.maximum(root - 3424 / 4096, 0) / (2413 / 128 - 2392 / 128 * root)) ** (16384 / 2610)
+        light = nits / _WHITE_NITS
+    elif trc == ColorTrc.ARIB_STD_B67:  # BT.2100, the inverse OETF of HLG
+        light = np.where(code <= 0.5, code**2 / 3, (np.exp((code - 0.55991073) / 0.17883277) + 0.28466892) / 12)
+    else:
+        light = code**2.4
+    return light.astype(np.float32)
+
+
+@functools.cache
+def _to_bt709(primaries: int) -> np.ndarray:
+    """Linear RGB of these primaries -> of BT.709, float32 [3, 3] (SMPTE RP 177)."""
+
+    def to_xyz(corners: tuple[tuple[float, float], ...]) -> np.ndarray:
+        columns = np.array([(x / y, 1, (1 - x - y) / y) for x, y in corners]).T
+        white = np.array([_D65[0] / _D65[1], 1, (1 - sum(_D65)) / _D65[1]])
+        scaled: np.ndarray = columns * np.linalg.solve(columns, white)
+        return scaled
+
+    return np.linalg.solve(to_xyz(_BT709), to_xyz(_WIDE.get(ColorPrimaries(primaries), _BT709))).astype(np.float32)
+
+
+def _turn(frame: Any) -> tuple[int, bool]:
+    """Quarter turns, counter-clockwise, after mirroring left to right, that make a decoded picture upright."""
+    try:
+        matrix = frame.side_data.get("DISPLAYMATRIX")
+    except ValueError:  # side data of a kind that PyAV doesn't know; it still tells the angle
+        return round(frame.rotation / 90) % 4, False
+    if matrix is None:
+        return 0, False
+    a, b, _, c, d = struct.unpack("=5i", bytes(matrix)[:20])  # (x, y) goes to (a x + c y, b x + d y), y down
+    mirrored = a * d < b * c
+    a, b = (-a, -b) if mirrored else (a, b)
+    return round(math.degrees(math.atan2(-b, a)) / 90) % 4, mirrored
+
+
+def _pixels(
+    frame: Any, turn: tuple[int, bool], stream: Any, plan: ClipPlan, reformatter: VideoReformatter
+) -> np.ndarray:
+    """uint8 [H, W, 3] of the plan's size: scaled to cover, cropped in the middle, upright. Raises Unusable."""
+    quarters, mirrored = turn
     height, width = (plan.width, plan.height) if quarters % 2 else (plan.height, plan.width)
     shown_w, shown_h = _display_size(frame, stream)
     scale = max(width / shown_w, height / shown_h)
@@ -388,18 +522,27 @@ def _pixels(frame: Any, rotation: int, stream: Any, plan: ClipPlan, reformatter:
     colorspace = None  # the frame's own
     if not frame.format.is_rgb and frame.colorspace == _AVCOL_SPC_UNSPECIFIED:
         colorspace = Colorspace(_usual_colorspace(frame))
-    rgb = reformatter.reformat(
-        frame,
-        width=scaled_w,
-        height=scaled_h,
-        format="rgb24",
-        src_colorspace=colorspace,
-        dst_color_range=ColorRange.JPEG,
-        interpolation=_INTERPOLATION,
-        threads=1,
-    ).to_ndarray()
+    unusual = frame.color_trc in _HDR or frame.color_primaries in _WIDE
+    try:
+        rgb = reformatter.reformat(
+            frame,
+            width=scaled_w,
+            height=scaled_h,
+            format="rgb48le" if unusual else "rgb24",
+            src_colorspace=colorspace,
+            dst_color_range=ColorRange.JPEG,
+            interpolation=_INTERPOLATION,
+            threads=1,
+        ).to_ndarray()
+    except av.FFmpegError as error:
+        raise Unusable(
+            f"can't convert {frame.format.name} of matrix {frame.colorspace} to RGB: {_ffmpeg_words(error)}"
+        ) from None
     top, left = (scaled_h - height) // 2, (scaled_w - width) // 2
-    return np.rot90(rgb[top : top + height, left : left + width], quarters)
+    rgb = rgb[top : top + height, left : left + width]
+    if unusual:
+        rgb = _ordinary(rgb, frame.color_trc, frame.color_primaries)
+    return np.rot90(rgb[:, ::-1] if mirrored else rgb, quarters)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -47,7 +47,7 @@ from sorahpc.runs import Task
 
 log = logging.getLogger(__name__)
 
-PREPROCESS = 1  # version of plan_clip and decode: raise it when they give other pixels for the same settings
+PREPROCESS = 2  # version of plan_clip and decode: raise it when they give other pixels for the same settings
 MAX_REASONS_SHOWN = 5
 Clip = tuple[np.ndarray, str]  # uint8 [T,H,W,3], and who decoded it
 AHEAD = 2  # clips that are decoded, or being so, while the VAE is at work on another
