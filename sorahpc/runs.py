@@ -205,6 +205,7 @@ class Task:
     world_size: int = 1
     local_rank: int = 0
     restart: int = 0  # how often the scheduler has requeued this task
+    launch: str = ""  # the same for all tasks and restarts of a launch
     writes: bool = True  # a gang's ranks above 0 report nothing
     stop_requested: Callable[[], bool] = _never  # a signal asked for an orderly stop; look at it between steps
     _status: dict[str, Any] = field(default_factory=dict)

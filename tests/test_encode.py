@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import multiprocessing
@@ -10,6 +11,7 @@ import shutil
 import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import av
@@ -18,11 +20,15 @@ import pytest
 import torch
 from models import write_t5, write_vae
 
+from sorahpc import lease
 from sorahpc.config import Config
 from sorahpc.configfile import parse_config
-from sorahpc.data import isolate
+from sorahpc.data import claims, isolate
 from sorahpc.data.cache import INDEX
+from sorahpc.data.claims import WORK
 from sorahpc.data.latents import LatentCache
+from sorahpc.data.manifest import Video, read_manifest, write_manifest
+from sorahpc.data.shards import Sample
 from sorahpc.data.toyworld import write_world
 from sorahpc.errors import ConfigError, DataError, Stopped
 from sorahpc.jobs import encode, prepare
@@ -78,6 +84,18 @@ def content(config: Config) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in sorted(config.cache_dir.iterdir()) if not p.name.startswith(".")}
 
 
+def usable(config: Config) -> list[Video]:
+    return [v for v in read_manifest(config.run_dir / "manifest.parquet") if v.ok]
+
+
+def recorded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A list that is given the key of each clip that is encoded from now on."""
+    encoded: list[str] = []
+    real = encode._encode
+    monkeypatch.setattr(encode, "_encode", lambda video, *rest: (encoded.append(video.key), real(video, *rest))[1])
+    return encoded
+
+
 @pytest.fixture(scope="module")
 def whole(world: Path) -> dict[str, bytes]:
     """The cache that one uninterrupted task makes."""
@@ -120,15 +138,116 @@ def test_the_text_and_the_latents_are_those_of_the_models_themselves(world: Path
     assert torch.equal(cache.empty_texts["text"], text.encode([""])[0].half().float())
 
 
-def test_any_number_of_tasks_in_any_order_makes_the_same_bytes(world: Path, whole: dict[str, bytes]) -> None:
-    config = prepared(world, "three")
-    for rank in (2, 0, 1):
-        assert INDEX not in content(config) if config.cache_dir.exists() else True
-        encode.run(config, task(config, rank, 3))
+def _worker(config: Config, rank: int, world_size: int, told: Path, sleepy: bool = False) -> None:
+    """A task that writes the key of each clip that it has encoded; the sleepy one stops itself after the second."""
+    torch.set_num_threads(1)
+    real = encode._encode
+
+    def encodes(video: object, *rest: object) -> object:
+        record = real(video, *rest)  # type: ignore[arg-type]
+        with open(told, "a") as file:
+            file.write(f"{record.key if isinstance(record, Sample) else record['key']}\n")
+        if sleepy and len(told.read_text().split()) == 2:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return record
+
+    encode._encode = encodes  # type: ignore[assignment]
+    encode.run(config, task(config, rank, world_size))
+
+
+def start(config: Config, rank: int, world_size: int, told: Path, sleepy: bool = False) -> multiprocessing.Process:
+    # spawn would spend its life importing torch
+    worker = multiprocessing.get_context("fork").Process(target=_worker, args=(config, rank, world_size, told, sleepy))
+    worker.start()
+    return worker  # type: ignore[return-value]
+
+
+def keys_in(told: Path) -> list[str]:
+    return told.read_text().split() if told.exists() else []
+
+
+def wait_for(wanted: Callable[[], object], what: str) -> None:
+    end = time.monotonic() + 60
+    while not wanted():
+        assert time.monotonic() < end, what
+        time.sleep(0.002)
+
+
+def test_one_task_of_several_does_all_where_the_others_never_come(world: Path, whole: dict[str, bytes]) -> None:
+    config = prepared(world, "alone")
+    encode.run(config, task(config, 2, 3))
     assert content(config) == whole
-    config = prepared(world, "many")
-    for rank in range(9):  # more tasks than shards
-        encode.run(config, task(config, rank, 9))
+
+
+def test_more_tasks_at_once_than_there_are_shards_make_the_same_bytes_and_no_clip_twice(
+    world: Path, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    config = prepared(world, "at_once")
+    tasks = [start(config, rank, 6, tmp_path / "told") for rank in range(6)]
+    for one in tasks:
+        one.join(120)
+    assert [one.exitcode for one in tasks] == [0] * 6
+    assert content(config) == whole
+    assert sorted(keys_in(tmp_path / "told")) == sorted({v.key for v in usable(config)})
+    assert list((config.cache_dir / WORK).iterdir()) == []
+
+
+def test_a_task_that_is_killed_costs_one_clip_and_another_that_comes_later_goes_on_for_it(
+    world: Path, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    config = prepared(world, "one_killed", encode={"clips_per_shard": 7})
+    told = tmp_path / "told"
+    first = start(config, 0, 2, told)
+    wait_for(lambda: len(keys_in(told)) >= 3, "three clips")
+    os.kill(first.pid, signal.SIGKILL)  # type: ignore[arg-type]
+    before = len(keys_in(told))
+    tasks = [start(config, rank, 3, told) for rank in (1, 2)]
+    for one in [first, *tasks]:
+        one.join(120)
+    assert [one.exitcode for one in [first, *tasks]] == [-signal.SIGKILL, 0, 0]
+    keys = keys_in(told)
+    assert 3 <= before < CLIPS and CLIPS == len(set(keys)) <= len(keys) <= CLIPS + 1
+    other = prepared(world, "not_killed", encode={"clips_per_shard": 7})
+    encode.run(other, task(other))
+    assert content(config) == content(other) and list((config.cache_dir / WORK).iterdir()) == []
+
+
+def test_a_task_that_slept_finds_that_its_shard_was_taken_over_and_spoils_nothing(
+    world: Path, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "STALE_AFTER_S", 1.0)
+    monkeypatch.setattr(claims, "HEARTBEAT_S", 0.2)
+    config = prepared(world, "slept")
+    told = tmp_path / "told"
+    sleeper = start(config, 0, 1, told, sleepy=True)
+    wait_for(lambda: Path(f"/proc/{sleeper.pid}/stat").read_text().split()[2] == "T", "asleep")
+    slept_on = keys_in(told)[1]
+    encode.run(config, task(config))
+    assert content(config) == whole
+    (config.cache_dir / INDEX).unlink()  # so that the sleeper has something to do
+    os.kill(sleeper.pid, signal.SIGCONT)  # type: ignore[arg-type]
+    sleeper.join(60)
+    assert sleeper.exitcode == 0 and content(config) == whole
+    assert keys_in(told)[1:] == [slept_on]  # none after it
+    assert list((config.cache_dir / WORK).iterdir()) == []
+
+
+def test_who_holds_the_last_shard_and_does_nothing_is_not_waited_for_without_end(
+    world: Path, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(encode, "PATIENCE_S", 1.0)
+    config = prepared(world, "held")
+    encode.run(config, task(config))
+    shard = min(config.cache_dir.glob("shard-*.h5"))
+    for path in (shard, config.cache_dir / INDEX):
+        path.unlink()
+    held = lease.Lease(config.cache_dir / WORK / f"{shard.stem}.lease", "", "other").acquire()
+    with caplog.at_level(logging.INFO):
+        encode.run(config, task(config))
+    assert f"waiting for {shard.name} by" in caplog.text and "other tasks still have shards" in caplog.text
+    assert INDEX not in content(config) and held.held()
+    held.release()
+    encode.run(config, task(config))
     assert content(config) == whole
 
 
@@ -137,9 +256,7 @@ def test_a_rerun_does_only_what_is_missing(
 ) -> None:
     config = prepared(world, "rerun")
     encode.run(config, task(config))
-    encoded: list[str] = []
-    real = encode._encode
-    monkeypatch.setattr(encode, "_encode", lambda video, *rest: (encoded.append(video.key), real(video, *rest)))
+    encoded = recorded(monkeypatch)
     encode.run(config, task(config))
     assert encoded == []
     shard = sorted(config.cache_dir.glob("shard-*.h5"))[1]
@@ -148,53 +265,60 @@ def test_a_rerun_does_only_what_is_missing(
     assert len(encoded) == 3 and content(config) == whole
 
 
-def _killed_worker(config: Config) -> None:
-    torch.set_num_threads(1)
-    encode.run(config, task(config))
-
-
 @pytest.mark.parametrize("kills_wanted", [6, pytest.param(50, marks=pytest.mark.slow)])
-def test_kill_9_at_any_time_leaves_no_unreadable_shard_and_a_rerun_completes_to_the_same_bytes(
-    world: Path, whole: dict[str, bytes], kills_wanted: int
+def test_kill_9_at_any_time_leaves_no_unreadable_shard_and_costs_the_clip_that_was_encoded(
+    world: Path, whole: dict[str, bytes], tmp_path: Path, kills_wanted: int
 ) -> None:
-    config = prepared(world, f"killed{kills_wanted}", encode={"clips_per_shard": 3})
-    fork = multiprocessing.get_context("fork")  # spawn would spend its life importing torch
+    config = prepared(world, f"killed{kills_wanted}")
+    told = tmp_path / "told"
     rng = np.random.default_rng(0)
-    start = time.monotonic()
+    began = time.monotonic()
     encode.run(config, task(config))
-    whole_s = time.monotonic() - start  # of this machine, as busy as it is
-    kills = resumed = 0
+    whole_s = time.monotonic() - began  # of this machine, as busy as it is
+    kills = resumed = wanted = 0
     for round_ in range(4 * kills_wanted):
         if kills == kills_wanted:
             break
         there = content(config)
-        resumed += 0 < len([n for n in there if n.startswith("shard-")]) < len(whole) - 4
         if INDEX in there:  # done: more to do, so that the kill finds it at work
             for path in [*config.cache_dir.glob("shard-*.h5"), config.cache_dir / INDEX]:
                 path.unlink()
-        worker = fork.Process(target=_killed_worker, args=(config,))
-        worker.start()
-        if round_ % 3:  # once a shard is there, or at the worst moment, when a part of one is
-            awaited, start = "shard-*.h5" if round_ % 3 == 1 else ".shard-*.part", time.monotonic()
-            before = {*config.cache_dir.glob(awaited)}
-            while time.monotonic() < start + 10 * whole_s and worker.is_alive():
-                if {*config.cache_dir.glob(awaited)} - before:
+            wanted += CLIPS
+        worker = start(config, 0, 1, told)
+        if round_ % 3:  # once a clip was encoded, or at the worst moment, when a part of a shard is there
+            awaited, began = ".work/*.journal" if round_ % 3 == 1 else ".shard-*.part", time.monotonic()
+            before = {p: p.stat().st_size for p in config.cache_dir.glob(awaited)}
+            while time.monotonic() < began + 10 * whole_s and worker.is_alive():
+                if any(size > before.get(p, 1000) for p, size in sizes(config.cache_dir, awaited).items()):
                     break
                 time.sleep(0.0002)
         else:
             worker.join(float(rng.uniform(0, whole_s)))
+        known = len(list((config.cache_dir / WORK).glob("*.journal")))
         if worker.is_alive():
-            os.kill(worker.pid, signal.SIGKILL)
+            os.kill(worker.pid, signal.SIGKILL)  # type: ignore[arg-type]
             kills += 1
+            resumed += known > 0
         worker.join()
         for name, data in content(config).items():
             assert data == whole[name], name  # what is there under its name is whole
     assert kills == kills_wanted and resumed > kills // 6
-    encode.run(config, task(config))
-    assert content(config) == whole  # nothing lost
+    last = start(config, 0, 1, told)
+    last.join(120)
+    assert last.exitcode == 0 and content(config) == whole  # nothing lost
     assert not [p.name for p in config.cache_dir.iterdir() if p.name.startswith(".shard")]
+    assert list((config.cache_dir / WORK).iterdir()) == []
+    assert wanted <= len(keys_in(told)) <= wanted + kills
     keys = LatentCache(config.cache_dir).keys
     assert len(keys) == len(set(keys)) == CLIPS - 1
+
+
+def sizes(folder: Path, pattern: str) -> dict[Path, int]:
+    found = {}
+    for path in folder.glob(pattern):
+        with contextlib.suppress(FileNotFoundError):
+            found[path] = path.stat().st_size
+    return found
 
 
 def _encode_with_files_of_at_most(nbytes: int, config: Config) -> None:
@@ -244,19 +368,22 @@ def test_a_disk_that_is_full_is_one_line_and_what_was_committed_is_kept(world: P
     there = content(config)
     assert INDEX not in there and {shards[0].name, shards[1].name} <= set(there)
     assert all(whole[name] == data for name, data in there.items())
-    assert not list(config.cache_dir.glob(".*"))
+    assert not list(config.cache_dir.glob(".shard*"))
     encode.run(config, task(config))
     assert content(config) == whole
 
 
-def test_a_stop_between_clips_loses_one_shard_and_goes_on_from_there(world: Path, whole: dict[str, bytes]) -> None:
+def test_a_stop_between_clips_loses_none_and_goes_on_from_there(
+    world: Path, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = prepared(world, "stopped")
+    encoded = recorded(monkeypatch)
     looks = iter(range(100))
-    with pytest.raises(Stopped, match="3 of 14 clips written"):
+    with pytest.raises(Stopped, match="4 of 14 clips encoded"):
         encode.run(config, task(config, stop_requested=lambda: next(looks) == 4))
     assert len(list(config.cache_dir.glob("shard-*.h5"))) == 1
     encode.run(config, task(config))
-    assert content(config) == whole
+    assert content(config) == whole and len(encoded) == len(set(encoded)) == CLIPS
 
 
 def test_clips_are_decoded_and_shards_written_while_the_vae_is_at_work(
@@ -273,12 +400,12 @@ def test_clips_are_decoded_and_shards_written_while_the_vae_is_at_work(
         decoding[len(order) - 1].set()
         return decode(by, path, *rest)  # type: ignore[arg-type]
 
-    def encodes(video: object, *rest: object) -> None:
+    def encodes(video: object, *rest: object) -> object:
         done = sum(e.is_set() for e in encoding)
         encoding[done].set()
         if done < CLIPS - 2:
             assert decoding[done + 1].wait(30), "the next clip is not decoded meanwhile"
-        encode_one(video, *rest)  # type: ignore[arg-type]
+        return encode_one(video, *rest)  # type: ignore[arg-type]
 
     def commits(writer: object) -> object:
         done = sum(e.is_set() for e in encoding)
@@ -426,8 +553,6 @@ def test_no_manifest_or_no_models_is_one_line(world: Path) -> None:
 def test_the_manifest_may_grow_and_only_the_last_shard_is_made_again(
     world: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sorahpc.data.manifest import read_manifest, write_manifest
-
     config = prepared(world, "grown")
     videos = read_manifest(config.run_dir / "manifest.parquet")
     ok = [v for v in videos if v.ok]
@@ -435,9 +560,7 @@ def test_the_manifest_may_grow_and_only_the_last_shard_is_made_again(
     encode.run(config, task(config))
     assert len(LatentCache(config.cache_dir)) == 6  # one of the seven is the broken one
     write_manifest(config.run_dir / "manifest.parquet", ok)
-    encoded: list[str] = []
-    real = encode._encode
-    monkeypatch.setattr(encode, "_encode", lambda video, *rest: (encoded.append(video.key), real(video, *rest)))
+    encoded = recorded(monkeypatch)
     encode.run(config, task(config))
     assert encoded == [v.key for v in ok[6:]]
     assert LatentCache(config.cache_dir).keys == [v.key for v in ok if "000003" not in v.path]
@@ -446,8 +569,6 @@ def test_the_manifest_may_grow_and_only_the_last_shard_is_made_again(
 def test_a_video_that_becomes_usable_in_the_middle_makes_only_its_own_shard_again(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from sorahpc.data.manifest import read_manifest
-
     write_world(tmp_path / "videos", 9, seed=2)
     late = tmp_path / "videos/000004.txt"
     words = late.read_text()
@@ -458,9 +579,7 @@ def test_a_video_that_becomes_usable_in_the_middle_makes_only_its_own_shard_agai
     before = content(config)
     late.write_text(words)
     prepare.run(config, Task(config.run_dir, "prepare"))
-    encoded: list[str] = []
-    real = encode._encode
-    monkeypatch.setattr(encode, "_encode", lambda video, *rest: (encoded.append(video.key), real(video, *rest)))
+    encoded = recorded(monkeypatch)
     with caplog.at_level(logging.INFO):
         encode.run(config, task(config))
     keys = [v.key for v in read_manifest(config.run_dir / "manifest.parquet")]

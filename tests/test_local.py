@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 import tiny
 
-from sorahpc.cluster.lease import start_time
 from sorahpc.cluster.local import crash_lines, exit_word, tell_end, visible_gpus
+from sorahpc.lease import start_time
 from sorahpc.runs import JobFolder, read_json
 
 

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import tiny
 
-from sorahpc.cluster.lease import identity, is_dead
 from sorahpc.cluster.status import (
     cancel_job,
     find_jobs,
@@ -26,6 +25,7 @@ from sorahpc.cluster.status import (
     status_table,
 )
 from sorahpc.errors import ConfigError
+from sorahpc.lease import identity, is_dead
 from sorahpc.log import duration, number, progress_line
 from sorahpc.runs import JobFolder, summarize, write_json
 

@@ -15,13 +15,13 @@ from typing import Any
 import pytest
 import tiny
 
-from sorahpc.cluster import lease as lease_module
+from sorahpc import lease as lease_module
 from sorahpc.cluster import nsight
-from sorahpc.cluster.lease import Lease, identity, is_alive, is_dead, start_time
 from sorahpc.cluster.local import visible_gpus
 from sorahpc.cluster.worker import Place, Spec, check_progress, export_gang
 from sorahpc.configfile import parse_config
 from sorahpc.errors import NoProgressError, SetupError
+from sorahpc.lease import Lease, identity, is_alive, is_dead, start_time
 from sorahpc.runs import JobFolder, Task, read_json, write_json
 
 

@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from sorahpc.cluster import nsight
-from sorahpc.cluster.lease import Lease, identity, is_alive
 from sorahpc.cluster.worker import Heartbeat, Place, Spec, execute, resources, section_of
 from sorahpc.config import Config
 from sorahpc.configfile import dump_config, load_config
 from sorahpc.errors import ConfigError, SetupError, Stopped
+from sorahpc.lease import Lease, identity, is_alive
 from sorahpc.runs import JobFolder, Task, atomic_write, read_state, write_json
 
 MAX_DIFF_BYTES = 16 << 20

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sorahpc.cluster.lease import STALE_AFTER_S, is_dead, start_time
 from sorahpc.errors import ConfigError, SetupError
+from sorahpc.lease import STALE_AFTER_S, is_dead, start_time
 from sorahpc.runs import JobFolder, read_json, read_state, summarize, write_json
 
 SQUEUE_TIMEOUT_S = 10.0

@@ -27,11 +27,11 @@ from pathlib import Path
 from typing import Any
 
 from sorahpc.cluster import nsight
-from sorahpc.cluster.lease import HEARTBEAT_S, Lease, identity, is_alive
 from sorahpc.cluster.signals import StopFlag, die_after, die_with, ignore_stop_signals
 from sorahpc.config import ArrayResources, Config
 from sorahpc.configfile import load_config
 from sorahpc.errors import ConfigError, NoProgressError, SetupError, SoraHPCError, Stopped
+from sorahpc.lease import HEARTBEAT_S, Lease, identity, is_alive
 from sorahpc.log import number, task_logging
 from sorahpc.runs import JobFolder, Task, read_state, write_json
 
@@ -286,6 +286,7 @@ def execute(spec: Spec, config: Config, place: Place, stop: Callable[[], bool], 
         world_size=place.world_size,
         local_rank=place.local_rank,
         restart=place.restart,
+        launch=place.launch,
         writes=writer,
         stop_requested=stop_requested,
     )

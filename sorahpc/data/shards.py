@@ -25,7 +25,7 @@ import re
 import socket
 import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -132,9 +132,44 @@ def crc32(data: Any, crc: int = 0) -> int:
 # Writing
 
 
+BITS = {"float16": "<f2", "bfloat16": "<u2"}  # how values are stored; bf16 as its bits
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A clip as a shard stores it, its big arrays perhaps not in memory.
+
+    Attributes:
+        key, caption, detailed, fps, source, decoder: as of `ShardWriter.pack`; captions clean, source as shown.
+        shape: of the latent, [C,T,H,W]; lengths: rows of each text that it has, by name.
+        crc: crc32 of the bytes of `latent` and of each text.
+        sum, sumsq: float64 [C], of the latent as stored; count: values a channel.
+        bits: by name, ``"latent"`` or a text's, the array: '<f2', or bf16 as '<u2'.
+    """
+
+    key: str
+    caption: str
+    detailed: str
+    fps: float
+    source: str
+    decoder: str
+    shape: tuple[int, ...]
+    lengths: dict[str, int]
+    crc: dict[str, int]
+    sum: np.ndarray
+    sumsq: np.ndarray
+    count: int
+    bits: Callable[[str], np.ndarray] = field(repr=False)
+
+
+def rejection(key: str, source: str, reason: str) -> dict[str, str]:
+    """What is kept of a clip that can't be encoded."""
+    return {"key": key, "source": shown(source), "reason": clean_caption(reason)}
+
+
 @dataclass
 class ShardWriter:
-    """One shard in the making. Samples are held in memory until `commit`: a killed task loses a shard's work anyway.
+    """One shard in the making. Nothing is on disk before `commit`.
 
     Args:
         folder, name: where to, and the name from the plan.
@@ -147,10 +182,10 @@ class ShardWriter:
     dtype: str
     channels: int
     dims: Mapping[str, int]
-    samples: list[dict[str, Any]] = field(default_factory=list)
+    samples: list[Sample] = field(default_factory=list)
     rejected: list[dict[str, str]] = field(default_factory=list)
 
-    def add(
+    def pack(
         self,
         key: str,
         latent: torch.Tensor,
@@ -160,8 +195,8 @@ class ShardWriter:
         source: str,
         decoder: str = "pyav",
         detailed: str = "",
-    ) -> None:
-        """Take a sample.
+    ) -> Sample:
+        """Make a sample as it is stored, for `samples`.
 
         Args:
             key: 16 hex digits.
@@ -181,21 +216,31 @@ class ShardWriter:
             assert text.ndim == 2 and len(text) >= 1 and text.shape[1] == dim, (name, text.shape, dim)
         what = f"{shown(source)}: sample {key}:"
         z = _to_bits(latent.float(), self.dtype, f"{what} latent")
-        e = {name: _to_bits(text.float(), self.dtype, f"{what} {name} embedding") for name, text in texts.items()}
+        bits = {name: _to_bits(text.float(), self.dtype, f"{what} {name} embedding") for name, text in texts.items()}
         # Of the values as stored, since training sees those. In float64 the sums are good to 1e-9 for any clip.
         stored = from_bits(z.tobytes(), self.dtype).reshape(z.shape).double().flatten(1)
-        self.samples.append(
-            {
-                "key": key, "z": z, "e": e, "caption": clean_caption(caption), "fps": float(fps),
-                "source": shown(source), "z_crc": zlib.crc32(z.tobytes()),
-                "e_crc": {name: zlib.crc32(bits.tobytes()) for name, bits in e.items()},
-                "sum": stored.sum(1).numpy(), "sumsq": stored.square().sum(1).numpy(), "count": stored.shape[1],
-                "decoder": decoder, "detailed": clean_caption(detailed),
-            }
-        )  # fmt: skip
+        return Sample(
+            key=key,
+            caption=clean_caption(caption),
+            detailed=clean_caption(detailed),
+            fps=float(fps),
+            source=shown(source),
+            decoder=decoder,
+            shape=tuple(z.shape),
+            lengths={name: len(text) for name, text in bits.items()},
+            crc={name: crc32(piece.reshape(-1).view(np.uint8)) for name, piece in {"latent": z, **bits}.items()},
+            sum=stored.sum(1).numpy(),
+            sumsq=stored.square().sum(1).numpy(),
+            count=stored.shape[1],
+            bits={"latent": z, **bits}.__getitem__,
+        )
+
+    def add(self, *sample: Any) -> None:
+        """Take a sample, from the arguments of `pack`. Raises DataError as that does."""
+        self.samples.append(self.pack(*sample))
 
     def reject(self, key: str, source: str, reason: str) -> None:
-        self.rejected.append({"key": key, "source": shown(source), "reason": clean_caption(reason)})
+        self.rejected.append(rejection(key, source, reason))
 
     def commit(self) -> Path:
         """Write, verify and publish the shard; with no sample at all too, so that its clips count as done.
@@ -205,8 +250,8 @@ class ShardWriter:
         """
         final = self.folder / self.name
         part = self.folder / f".{self.name}.{socket.gethostname()}.{os.getpid()}.part"
-        # In memory first, a second copy of the shard's samples: HDF5 that meets a full disk tells it in an error of its
-        # own kind and can't close its file any more.
+        # In memory first: HDF5 that meets a full disk tells it in an error of its own kind and can't close its file any
+        # more.
         image = io.BytesIO()
         self._write(image)
         try:
@@ -231,64 +276,63 @@ class ShardWriter:
 
     def _write(self, image: io.BytesIO) -> None:
         h5py = _h5py()
-        shapes = sorted({s["z"].shape for s in self.samples})
+        shapes = sorted({s.shape for s in self.samples})
         text = h5py.string_dtype("utf-8")
         with h5py.File(image, "w", libver=("v110", "v110")) as f:
             f.attrs.update({"sorahpc_cache": VERSION, "torch_dtype": self.dtype})
             rows, offsets = {}, {}
             for shape in shapes:
-                members = [s for s in self.samples if s["z"].shape == shape]
+                members = [s for s in self.samples if s.shape == shape]
                 data = f.create_dataset(
                     "latents/" + "x".join(map(str, shape)),
                     (len(members), *shape),
-                    members[0]["z"].dtype,
+                    BITS[self.dtype],
                     chunks=(1, *shape),
                 )
                 data.attrs["torch_dtype"] = self.dtype
                 for row, sample in enumerate(members):
-                    data.id.write_direct_chunk((row, 0, 0, 0, 0), sample["z"].tobytes())
-                    rows[sample["key"]] = row
-                    offsets[sample["key"]] = data.id.get_chunk_info_by_coord((row, 0, 0, 0, 0)).byte_offset
+                    data.id.write_direct_chunk((row, 0, 0, 0, 0), sample.bits("latent").tobytes())
+                    rows[sample.key] = row
+                    offsets[sample.key] = data.id.get_chunk_info_by_coord((row, 0, 0, 0, 0)).byte_offset
             column = {
-                "keys": np.array([s["key"].encode() for s in self.samples], "S16"),
-                "shapes": np.array([s["z"].shape for s in self.samples], "<i8").reshape(-1, 4),
-                "rows": np.array([rows[s["key"]] for s in self.samples], "<i8"),
-                "byte_offsets": np.array([offsets[s["key"]] for s in self.samples], "<i8"),
-                "latent_crc32": np.array([s["z_crc"] for s in self.samples], "<u4"),
-                "fps": np.array([s["fps"] for s in self.samples], "<f8"),
-                "stats/sum": np.sum([s["sum"] for s in self.samples], axis=0)
+                "keys": np.array([s.key.encode() for s in self.samples], "S16"),
+                "shapes": np.array([s.shape for s in self.samples], "<i8").reshape(-1, 4),
+                "rows": np.array([rows[s.key] for s in self.samples], "<i8"),
+                "byte_offsets": np.array([offsets[s.key] for s in self.samples], "<i8"),
+                "latent_crc32": np.array([s.crc["latent"] for s in self.samples], "<u4"),
+                "fps": np.array([s.fps for s in self.samples], "<f8"),
+                "stats/sum": np.sum([s.sum for s in self.samples], axis=0) if self.samples else np.zeros(self.channels),
+                "stats/sumsq": np.sum([s.sumsq for s in self.samples], axis=0)
                 if self.samples
                 else np.zeros(self.channels),
-                "stats/sumsq": np.sum([s["sumsq"] for s in self.samples], axis=0)
-                if self.samples
-                else np.zeros(self.channels),
-                "stats/count": np.array(sum(s["count"] for s in self.samples), "<i8"),  # values a channel
+                "stats/count": np.array(sum(s.count for s in self.samples), "<i8"),  # values a channel
             }
             for name in pieces_of(self.dims):
-                found = [s["e"][name] for s in self.samples if name in s["e"]]
+                found = [s.bits(name) for s in self.samples if name in s.lengths]
                 if found:
                     f.create_dataset(name, data=np.concatenate(found)).attrs["torch_dtype"] = self.dtype
                 if found or not name.startswith(DETAILED):
-                    lengths = [len(s["e"].get(name, ())) for s in self.samples]
+                    lengths = [s.lengths.get(name, 0) for s in self.samples]
                     column[f"{name}_offsets"] = np.cumsum([0, *lengths], dtype="<i8")
-                    column[f"{name}_crc32"] = np.array([s["e_crc"].get(name, 0) for s in self.samples], "<u4")
+                    column[f"{name}_crc32"] = np.array([s.crc.get(name, 0) for s in self.samples], "<u4")
             for name, values in column.items():
                 f.create_dataset(name, data=values)
             # Who read each video; without it all were read by PyAV, as before there was a choice.
-            told = {"decoders": "decoder"} if any(s["decoder"] != "pyav" for s in self.samples) else {}
-            if any(s["detailed"] for s in self.samples):
+            told = {"decoders": "decoder"} if any(s.decoder != "pyav" for s in self.samples) else {}
+            if any(s.detailed for s in self.samples):
                 told["detailed_captions"] = "detailed"
             for dataset, name in {"captions": "caption", "sources": "source", **told}.items():
-                f.create_dataset(dataset, data=[s[name] for s in self.samples], shape=(len(self.samples),), dtype=text)
+                each = [getattr(s, name) for s in self.samples]
+                f.create_dataset(dataset, data=each, shape=(len(each),), dtype=text)
             f.create_dataset(
                 "rejected", data=[json.dumps(r) for r in self.rejected], shape=(len(self.rejected),), dtype=text
             )
 
     def _verify(self, part: Path, rows: list[dict[str, Any]]) -> None:
-        expected = [(s["key"], s["z_crc"], s["e_crc"], s["caption"], s["detailed"]) for s in self.samples]
-        sums = [{name: crc for name, _, _, crc in text_pieces(row)} for row in rows]
+        expected = [(s.key, s.crc, s.caption, s.detailed) for s in self.samples]
         found = [
-            (r["key"], r["latent_crc32"], crcs, r["caption"], r["detailed"]) for r, crcs in zip(rows, sums, strict=True)
+            (r["key"], {name: crc for name, _, _, crc in pieces(r, self.dims)}, r["caption"], r["detailed"])
+            for r in rows
         ]
         if found != expected:
             raise DataError(f"{shown(part)}: the shard doesn't read back as it was written; run again")

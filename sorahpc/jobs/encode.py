@@ -1,21 +1,26 @@
 """Encode: manifest -> decoded clips -> VAE latents and text embeddings -> the latent cache.
 
-While the VAE is at work on a clip, the next two are decoded and the shard before is written.
+While the VAE is at work on a clip, the next two are decoded and their captions embedded, and the shard before is
+written.
 
-An array of independent tasks. The rows of the manifest, in their order, are cut into shards; task k of n makes shards
-k, k+n, ..., of which those that exist are done. A clip that can't be encoded is kept in its shard's list with the
-reason, and costs nothing but itself; to try it again, delete the shard. Whoever finds all shards present builds the
-index. The cache doesn't depend on the number of tasks, nor on how often they were killed.
+An array of independent tasks, as many as one likes and at any time. The rows of the manifest, in their order, are cut
+into shards; a task claims a shard that is neither there nor claimed (claims.py), begins with those that its rank has by
+turns, and puts each clip into the shard's journal as soon as it is encoded. So a task that dies costs the clip it was
+at; another goes on with its shard. Who finds none to claim waits for those who hold the last ones, and goes on for them
+if they die. A clip that can't be encoded is kept in its shard's list with the reason, and costs nothing but itself; to
+try it again, delete the shard. Whoever finds all shards present builds the index. The cache doesn't depend on the
+number of tasks, nor on how often they were killed.
 """
 
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +41,20 @@ from sorahpc.data.cache import (
     read_info,
 )
 from sorahpc.data.captions import with_captions
+from sorahpc.data.claims import WORK, Claim, Claims, remove_leftovers
 from sorahpc.data.decode import VideoError, decode_by, plan_clip
+from sorahpc.data.journal import Record
 from sorahpc.data.manifest import MANIFEST, Video, read_manifest, shown
-from sorahpc.data.shards import EMPTY_TEXT, ShardWriter, clean_caption, remove_stale_parts, write_empty_text
-from sorahpc.data.texts import DETAILED
+from sorahpc.data.shards import (
+    EMPTY_TEXT,
+    Sample,
+    ShardWriter,
+    clean_caption,
+    rejection,
+    remove_stale_parts,
+    write_empty_text,
+)
+from sorahpc.data.texts import DETAILED, Texts
 from sorahpc.errors import DataError, SetupError, Stopped
 from sorahpc.models.text import TextEncoders, load_texts
 from sorahpc.models.vae import Vae, load_vae
@@ -48,14 +63,15 @@ from sorahpc.runs import Task
 log = logging.getLogger(__name__)
 
 PREPROCESS = 2  # version of plan_clip and decode: raise it when they give other pixels for the same settings
-MAX_REASONS_SHOWN = 5
-Clip = tuple[np.ndarray, str]  # uint8 [T,H,W,3], and who decoded it
-AHEAD = 2  # clips that are decoded, or being so, while the VAE is at work on another
+MAX_SHOWN = 5
+AHEAD = 2  # clips that are ready, or being made so, while the VAE is at work on another
+MIN_POLL_S, MAX_POLL_S = 0.5, 10.0  # between two looks at what others hold: all tasks look when the last ones work
+PATIENCE_S = 1800.0  # with tasks that hold the last shards and encode no clip
 MAX_NATIVE_MEAN, MAX_NATIVE_STD = 3.0, 5.0
 
 
 def run(config: Config, task: Task) -> None:
-    """Make this task's missing shards, and the index if it finds all of them.
+    """Make shards that are missing, as long as there are any to claim, and the index once all are there.
 
     Raises:
         ConfigError: sections or model folders missing. DataError: no manifest, captions or usable clip, or the cache
@@ -88,47 +104,201 @@ def run(config: Config, task: Task) -> None:
         write_empty_text(folder, texts.encode([""])[0], config.encode.dtype)
 
     plan = plan_shards([v.key if v.ok else None for v in every], config.encode.clips_per_shard)
-    mine = plan[task.rank :: task.world_size]
-    total = sum(len(s.rows) for s in mine)
-    missing = [s for s in mine if not (folder / s.name).exists()]
-    done = total - sum(len(s.rows) for s in missing)
-    log.info("%d clips in %d shards of this task (%d in all); %d clips are there", total, len(mine), len(plan), done)
-    task.report(done, total, "clip")
-    start = time.monotonic()
-    readers: Counter[str] = Counter()
+    one_by_one = threading.Lock()  # the tokenizers take one caller at a time
 
-    def decoded(video: Video) -> Clip:
-        plan = plan_clip(video, config.clip, stride=vae.stride, patch=patch, floor_frames=vae.floor_frames)
-        return decode_by(decoder, video.path, plan, gpu)
+    def ready(row: int) -> _Ready:
+        video, second = every[row], detailed.get(every[row].key, "")
+        cut = plan_clip(video, config.clip, stride=vae.stride, patch=patch, floor_frames=vae.floor_frames)
+        pixels, by = decode_by(decoder, video.path, cut, gpu)
+        captions = [clean_caption(text) for text in ([video.caption, second] if second else [video.caption])]
+        with one_by_one:
+            first, *more = texts.encode(captions)
+        for embeddings in more:
+            first |= {DETAILED + name: e for name, e in embeddings.items()}
+        return _Ready(pixels, by, first, captions)
 
-    rows = [every[row] for shard in missing for row in shard.rows]
-    with _ahead(rows, decoded) as clips, ThreadPoolExecutor(1, "write") as writing:
-        written: list[Future[Path]] = []  # the shard before, while the VAE is at work on this one
-        for shard in missing:
-            writer = ShardWriter(folder, shard.name, config.encode.dtype, vae.channels, texts.dims)
-            for row in shard.rows:
-                if task.stop_requested():
-                    for commit in written:
-                        commit.result()
-                    raise Stopped(
-                        f"encode: stopped with {done} of {total} clips written; the shard in work is made again"
-                    )
-                second = detailed.get(every[row].key, "")
-                _encode(every[row], second, next(clips), config.clip.fps, vae, texts, writer)
-                task.report(done + len(writer.samples) + len(writer.rejected), total, "clip")
-            for commit in written:
-                commit.result()
-            written = [writing.submit(writer.commit)]
-            readers.update(sample["decoder"] for sample in writer.samples)
-            done += len(shard.rows)
-        for commit in written:
-            commit.result()
-    if missing:
-        by = ", ".join(f"{count} clips decoded by {reader}" for reader, count in sorted(readers.items()))
-        log.info("encoded %d shards in %.1f s%s", len(missing), time.monotonic() - start, by and f": {by}")
+    def same(row: int, record: Record) -> bool:
+        """Whether a journal's record is of this row's clip as it is to be encoded now."""
+        video = every[row]
+        if isinstance(record, dict):
+            return (record["key"], record["source"]) == (video.key, shown(video.path))
+        found = (record.key, record.source, record.caption, record.detailed)
+        captions = clean_caption(video.caption), clean_caption(detailed.get(video.key, ""))
+        return found == (video.key, shown(video.path), *captions)
+
+    claims = Claims(
+        folder,
+        # Its own by turns first, so that tasks which start together don't all ask for the same.
+        [plan[i] for i in sorted(range(len(plan)), key=lambda i: (i - task.rank) % task.world_size)],
+        lambda shard: ShardWriter(folder, shard.name, config.encode.dtype, vae.channels, texts.dims),
+        same,
+        f"{task.launch}:{task.rank}",
+        task.restart,
+    )
+    _Line(task, claims, plan[task.rank :: task.world_size], every, vae, config.clip.fps, ready).run()
     if _finish(folder, plan):
+        for name in remove_leftovers(folder):
+            log.info("removed %s, which a killed task left", shown(folder / WORK / name))
         index = read_index(folder, vae.channels, texts.dims)
         _compare(vae, index.mean, index.std)
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """A clip as the VAE takes it, and all else that its sample has."""
+
+    pixels: np.ndarray  # uint8 [T,H,W,3]
+    decoder: str
+    texts: Texts
+    captions: list[str]
+
+
+class _Line:
+    """The way of the clips: two are made ready while the VAE has one, and the shard before is written.
+
+    Args:
+        share: the shards whose clips this task reports, so that each is reported once.
+        every: the rows of the manifest. ready: from a row of it to what the VAE takes.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        claims: Claims,
+        share: list[PlannedShard],
+        every: list[Video],
+        vae: Vae,
+        fps: float,
+        ready: Callable[[int], _Ready],
+    ) -> None:
+        self.task, self.claims, self.share, self.every = task, claims, share, every
+        self.vae, self.fps, self.ready = vae, fps, ready
+        self.total = sum(len(shard.rows) for shard in share)
+        self.ahead: deque[tuple[Claim, int, Future[_Ready]]] = deque()
+        self.filling: Claim | None = None  # whose clips are next
+        self.rows: deque[int] = deque()  # of it, that are not ahead yet
+        self.writing: list[Future[Any]] = []  # a shard or a journal
+        self.encoded: Counter[str] = Counter()  # by who decoded them
+        self.rejected = 0
+
+    def run(self) -> None:
+        """Until every shard is there, or nobody gets any further. Raises DataError, Stopped."""
+        start = time.monotonic()
+        with self.claims:
+            self.claims.missing()
+            done = self._report()
+            log.info("%d of the %d clips that this task reports are there", done, self.total)
+            self.decoders, self.writer = ThreadPoolExecutor(AHEAD, "decode"), ThreadPoolExecutor(1, "write")
+            try:
+                self._run()
+            finally:
+                self.decoders.shutdown(cancel_futures=True)
+                self.writer.shutdown()
+        if self.encoded or self.rejected:
+            by = ", ".join(f"{count} clips decoded by {reader}" for reader, count in sorted(self.encoded.items()))
+            more = f", {self.rejected} rejected" if self.rejected else ""
+            log.info("encoded %d clips in %.1f s: %s%s", self.encoded.total(), time.monotonic() - start, by, more)
+
+    def _run(self) -> None:
+        waiting = _Patience()
+        while True:
+            if self.task.stop_requested():
+                self._settle()
+                raise Stopped(f"encode: stopped with {self._report()} of {self.total} clips encoded")
+            self._fill()
+            if self.ahead:
+                waiting = _Patience()
+                self._next()
+                continue
+            self._settle()
+            if not self.claims.missing() or waiting.over(self.claims):
+                return
+            waiting.rest()
+
+    def _fill(self) -> None:
+        """Have clips made ready, and claim a shard where there are no more of the last."""
+        while len(self.ahead) <= AHEAD:
+            if self.rows:
+                assert self.filling is not None
+                row = self.rows.popleft()
+                self.ahead.append((self.filling, row, self.decoders.submit(self.ready, row)))
+                continue
+            claim = self.filling = self.claims.take()
+            if claim is None:
+                return
+            self.rows.extend(claim.shard.rows[claim.known :])
+            if not self.rows:
+                self._commit(claim)
+
+    def _next(self) -> None:
+        """Encode the clip that is first."""
+        claim, row, ready = self.ahead.popleft()
+        record = _encode(self.every[row], ready, self.fps, self.vae, claim.writer)
+        if not claim.held():
+            self._lost(claim)
+            return
+        try:
+            claim.keep(record)
+        except DataError:
+            if claim.held():
+                raise
+            self._lost(claim)  # so its journal is deleted, of which NFS says that it is stale
+            return
+        if isinstance(record, Sample):
+            self.encoded[record.decoder] += 1
+        else:
+            self.rejected += 1
+        self._report()
+        if claim.known == len(claim.shard.rows):
+            self._commit(claim)
+        elif all(job.done() for job in self.writing):
+            self._settle()
+            self.writing.append(self.writer.submit(claim.journal.sync))
+
+    def _commit(self, claim: Claim) -> None:
+        self._settle()  # one at a time: a shard is built in memory
+        self.writing.append(self.writer.submit(self.claims.commit, claim))
+
+    def _settle(self) -> None:
+        """Wait for what is being written. Raises DataError where it can't be."""
+        while self.writing:
+            self.writing.pop(0).result()
+
+    def _lost(self, first: Claim) -> None:
+        """Give up a claim that another took over while this task had no heartbeat, and those that went with it."""
+        self._settle()
+        for claim in {first, *self.claims.lost()}:
+            self.claims.give_back(claim)
+            self.ahead = deque(item for item in self.ahead if item[0] is not claim)
+            if self.filling is claim:
+                self.rows.clear()
+
+    def _report(self) -> int:
+        """Returns the clips that are done of those that this task reports."""
+        done = min(self.claims.clips(self.share), self.total)
+        self.task.report(done, self.total, "clip")
+        return done
+
+
+class _Patience:
+    """With those who hold the last shards: as long as any of them gets on."""
+
+    def __init__(self) -> None:
+        self._seen: object = None
+        self._since = time.monotonic()
+        self._pause_s = MIN_POLL_S
+
+    def rest(self) -> None:
+        time.sleep(self._pause_s)
+        self._pause_s = min(1.5 * self._pause_s, MAX_POLL_S)
+
+    def over(self, claims: Claims) -> bool:
+        seen = claims.missing(), claims.signs_of_life()
+        if self._seen is None:
+            log.info("nothing left to claim; waiting for %s", ", ".join(claims.holders()[:MAX_SHOWN]))
+        if seen != self._seen:
+            self._seen, self._since = seen, time.monotonic()
+        return time.monotonic() - self._since > PATIENCE_S
 
 
 def _decoder(wish: str) -> str:
@@ -141,25 +311,6 @@ def _decoder(wish: str) -> str:
             "or use encode.decoder=pyav"
         )
     return wish
-
-
-@contextmanager
-def _ahead(videos: list[Video], decoded: Callable[[Video], Clip]) -> Iterator[Iterator[Future[Clip]]]:
-    """The clips of videos, in their order, decoded by threads that are up to AHEAD clips ahead."""
-
-    def results() -> Iterator[Future[Clip]]:
-        waiting: deque[Future[Clip]] = deque()
-        for video in videos:
-            waiting.append(pool.submit(decoded, video))
-            if len(waiting) > AHEAD:
-                yield waiting.popleft()
-        yield from waiting
-
-    pool = ThreadPoolExecutor(AHEAD, "decode")
-    try:
-        yield results()
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def cache_info(
@@ -190,21 +341,16 @@ def cache_info(
     }
 
 
-def _encode(
-    video: Video, detailed: str, clip: Future[Clip], fps: float, vae: Vae, texts: TextEncoders, writer: ShardWriter
-) -> None:
+def _encode(video: Video, ready: Future[_Ready], fps: float, vae: Vae, writer: ShardWriter) -> Record:
     try:
-        pixels, decoder = clip.result()
-        latent = vae.encode(pixels)
-        captions = [clean_caption(text) for text in ([video.caption, detailed] if detailed else [video.caption])]
-        first, *second = texts.encode(captions)
-        for embeddings in second:
-            first |= {DETAILED + name: e for name, e in embeddings.items()}
-        writer.add(video.key, latent, first, captions[0], fps, video.path, decoder, *captions[1:])
+        clip = ready.result()
+        latent = vae.encode(clip.pixels)
+        first, *second = clip.captions
+        return writer.pack(video.key, latent, clip.texts, first, fps, video.path, clip.decoder, *second)
     except DataError as error:
         reason = error.reason if isinstance(error, VideoError) else str(error)
         log.warning("rejected %s: %s", shown(video.path), reason)
-        writer.reject(video.key, video.path, reason)
+        return rejection(video.key, video.path, reason)
 
 
 def _finish(folder: Path, plan: list[PlannedShard]) -> Summary | None:
@@ -214,7 +360,7 @@ def _finish(folder: Path, plan: list[PlannedShard]) -> Summary | None:
         log.info("other tasks still have shards to make; the last one builds the index")
         return None
     if not summary.samples:
-        shown_reasons = "; ".join(f"{r['source']}: {r['reason']}" for r in summary.rejected[:MAX_REASONS_SHOWN])
+        shown_reasons = "; ".join(f"{r['source']}: {r['reason']}" for r in summary.rejected[:MAX_SHOWN])
         raise DataError(f"{shown(folder)}: none of {len(summary.rejected)} clips could be encoded: {shown_reasons}")
     log.info("cache complete: %d samples, %d clips rejected (rejected.json)", summary.samples, len(summary.rejected))
     if summary.superseded:

@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from sorahpc.cluster.lease import start_time
+from sorahpc.lease import start_time
 
 PROGRAMS = ("munged", "munge", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "unshare")
 INSTALL = "apt-get install -y --no-install-recommends munge slurmctld slurmd slurm-client"

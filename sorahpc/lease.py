@@ -55,13 +55,16 @@ def is_dead(who: dict[str, Any]) -> bool | None:
     return not isinstance(pid, int) or pid < 1 or started is None or start_time(pid) != started
 
 
+def is_fresh(holder: dict[str, Any]) -> bool:
+    """Whether it had a heartbeat lately."""
+    beat = holder.get("heartbeat")
+    return isinstance(beat, (int, float)) and time.time() - beat < STALE_AFTER_S
+
+
 def is_alive(holder: dict[str, Any]) -> bool:
     """Whether a lease still counts."""
     dead = is_dead(holder)
-    if dead is not None:
-        return not dead
-    beat = holder.get("heartbeat")
-    return isinstance(beat, (int, float)) and time.time() - beat < STALE_AFTER_S
+    return is_fresh(holder) if dead is None else not dead
 
 
 def describe(holder: dict[str, Any]) -> str:

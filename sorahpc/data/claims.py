@@ -1,0 +1,264 @@
+"""Who makes which shard: tasks claim shards of the plan by leases on the shared file system, without a server.
+
+    .work/shard-<16 hex>.lease              who makes it now, with a heartbeat (sorahpc.lease)
+    .work/shard-<16 hex>.<nonce>.journal    what its makers have encoded so far (journal.py)
+
+A task takes the first shard of its order that is neither there nor held. A lease counts as long as its holder beats,
+on another machine or this one, and isn't known to be dead. So a task that hangs or is stopped by a debugger loses its
+shard after a minute; when it goes on it finds that out before it adds a clip or commits. Between that look and the
+commit it may be put to sleep again, and then a shard is written twice, whole and with the same bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import re
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from sorahpc.data.cache import INFO, PlannedShard
+from sorahpc.data.journal import Journal, Record, replay
+from sorahpc.data.manifest import shown
+from sorahpc.data.shards import ShardWriter
+from sorahpc.errors import DataError, SetupError
+from sorahpc.lease import HEARTBEAT_S, Lease, describe, is_fresh
+from sorahpc.runs import read_state
+
+log = logging.getLogger(__name__)
+
+WORK = ".work"
+_JOURNAL = re.compile(r"(shard-[0-9a-f]{16})\.[0-9a-f]{32}\.journal")
+
+
+class _ShardLease(Lease):
+    """Unlike the lease of a run, it is lost by a holder that lives and doesn't beat: here that does no harm."""
+
+    def blocked_by(self, holder: dict[str, Any]) -> bool:
+        return super().blocked_by(holder) and is_fresh(holder)
+
+
+class Claim:
+    """A shard that this task makes: its lease, its clips so far, and the journal of them.
+
+    Attributes:
+        shard: from the plan. writer: has its clips so far.
+    """
+
+    def __init__(self, shard: PlannedShard, lease: Lease, writer: ShardWriter, journal: Journal) -> None:
+        self.shard, self.lease, self.writer, self.journal = shard, lease, writer, journal
+
+    @property
+    def known(self) -> int:
+        """Number of its clips that are encoded or rejected, the first ones of the plan."""
+        return len(self.writer.samples) + len(self.writer.rejected)
+
+    def held(self) -> bool:
+        """Whether this task has it still. To be asked before a clip is added and before the shard is written."""
+        return self.lease.held()
+
+    def keep(self, record: Record) -> None:
+        """Take the next clip, into the journal first. Raises DataError: it can't be written."""
+        record = self.journal.add(record)
+        if isinstance(record, dict):
+            self.writer.rejected.append(record)
+        else:
+            self.writer.samples.append(record)
+
+
+class Claims:
+    """The claims of a task, which a thread keeps alive. A context manager: at its end, what is held is given back,
+    journals and all, for whoever comes next.
+
+    Args:
+        folder: of the cache.
+        order: the shards of the plan, as this task shall try them.
+        writer: makes the writer of a shard.
+        same: whether a record is of the clip in this row of the manifest, as it is to be encoded now.
+        launch, restart: as of `Lease`, but the launch is of this task alone.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        order: Sequence[PlannedShard],
+        writer: Callable[[PlannedShard], ShardWriter],
+        same: Callable[[int, Record], bool],
+        launch: str,
+        restart: int = 0,
+    ) -> None:
+        self._folder, self._writer, self._same, self._launch, self._restart = folder, writer, same, launch, restart
+        self._missing = {shard.name: shard for shard in order}
+        self._cache_sha256 = hashlib.sha256((folder / INFO).read_bytes()).hexdigest()
+        self._mine: list[Claim] = []
+        self._lock = threading.Lock()  # of the three above, and between a heartbeat and the end of its lease
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="claims", daemon=True)
+
+    def __enter__(self) -> Claims:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end.set()
+        self._thread.join()
+        for claim in list(self._mine):
+            self.give_back(claim)
+
+    def missing(self) -> set[str]:
+        """Names of the shards of the plan that are not there."""
+        # A listing, not a look-up of each name: on NFS a name that was missing a moment ago is remembered as missing.
+        there = os.listdir(self._folder)
+        with self._lock:
+            for name in there:
+                self._missing.pop(name, None)
+            return set(self._missing)
+
+    def clips(self, share: Sequence[PlannedShard]) -> int:
+        """How many clips of a share were in shards when last looked, together with those that this task holds."""
+        with self._lock:
+            known = sum(claim.known for claim in self._mine)
+            return known + sum(len(shard.rows) for shard in share if shard.name not in self._missing)
+
+    def take(self) -> Claim | None:
+        """Claim a shard, with what is known of its clips; None where others hold all that are missing.
+
+        Raises:
+            DataError: lease or journal can't be written.
+        """
+        self.missing()
+        with self._lock:
+            mine = {claim.shard.name for claim in self._mine}
+            free = [shard for name, shard in self._missing.items() if name not in mine]
+        for shard in free:
+            lease = _ShardLease(self._lease(shard), shard.name, self._launch, self._restart)
+            holder = read_state(lease.path)
+            if holder is not None and lease.blocked_by(holder):
+                continue
+            try:
+                lease.acquire()
+            except SetupError:  # another was quicker
+                continue
+            except OSError as error:
+                raise DataError(
+                    f"{shown(lease.path)}: can't write the lease: {error.strerror or error}; shards and clips that are "
+                    "there are kept: see to it, and run again"
+                ) from None
+            if shard.name not in self.missing():  # committed, and given back, after we looked
+                lease.release()
+                continue
+            return self._resume(shard, lease, holder)
+        return None
+
+    def lost(self) -> list[Claim]:
+        """What this task believed to hold and doesn't."""
+        with self._lock:
+            return [claim for claim in self._mine if not claim.held()]
+
+    def commit(self, claim: Claim) -> bool:
+        """Write the shard, whose clips are all known. False, and nothing written, where the claim was lost.
+
+        Raises:
+            DataError: it can't be written.
+        """
+        held = claim.held()
+        if held:
+            claim.writer.commit()
+            with self._lock:
+                self._missing.pop(claim.shard.name, None)
+            claim.journal.path.unlink(missing_ok=True)
+        self.give_back(claim)
+        return held
+
+    def give_back(self, claim: Claim) -> None:
+        """Let others have it, with its journal."""
+        if not claim.held():
+            log.warning("%s: another task took it over, since this one had no heartbeat for a while", claim.shard.name)
+        claim.journal.close()
+        with self._lock:
+            self._mine.remove(claim)
+            claim.lease.release()
+
+    def signs_of_life(self) -> dict[str, int]:
+        """Size of each journal: it grows as its task encodes clips."""
+        sizes = {}
+        for entry in os.scandir(self._folder / WORK):
+            with contextlib.suppress(FileNotFoundError):
+                if entry.name.endswith(".journal"):
+                    sizes[entry.name] = entry.stat().st_size
+        return sizes
+
+    def holders(self) -> list[str]:
+        """Who holds what is missing: `shard-<16 hex>.h5 by <host> (pid <pid>), alive 3 s ago`."""
+        with self._lock:
+            found = {name: read_state(self._lease(shard)) for name, shard in self._missing.items()}
+        return [f"{name} by {describe(holder)}" for name, holder in found.items() if holder]
+
+    def _lease(self, shard: PlannedShard) -> Path:
+        return self._folder / WORK / f"{shard.name.removesuffix('.h5')}.lease"
+
+    def _resume(self, shard: PlannedShard, lease: Lease, holder: dict[str, Any] | None) -> Claim:
+        """Open the journal, and copy into it what is whole in those of former holders."""
+        stem, work = shard.name.removesuffix(".h5"), self._folder / WORK
+        head = {"shard": shard.name, "cache_sha256": self._cache_sha256}
+        old = sorted(work / name for name in os.listdir(work) if (of := _JOURNAL.fullmatch(name)) and of[1] == stem)
+        try:
+            journal = Journal(work / f"{stem}.{lease.nonce}.journal", head)
+        except DataError:
+            lease.release()
+            raise
+        writer = self._writer(shard)
+        claim = Claim(shard, lease, writer, journal)
+        with self._lock:
+            self._mine.append(claim)
+        for path in old:
+            with contextlib.suppress(FileNotFoundError):  # another took this shard over from us, already
+                for i, record in enumerate(replay(path, head, writer.dtype, writer.channels, writer.dims)):
+                    if i < claim.known:
+                        continue  # as in another one: all have the same clips in the same order
+                    if i >= len(shard.rows) or not self._same(shard.rows[i], record):
+                        break  # its caption or path has changed
+                    claim.keep(record)
+        if old:
+            journal.sync()
+            for path in old:
+                path.unlink(missing_ok=True)
+            by = f", begun by {describe(holder)}" if holder else ""
+            log.info("%s%s: %d of its %d clips are encoded", shard.name, by, claim.known, len(shard.rows))
+        return claim
+
+    def _beat(self) -> None:
+        while not self._end.wait(HEARTBEAT_S):
+            with self._lock:
+                mine = list(self._mine)
+            for claim in mine:
+                with self._lock:
+                    if claim not in self._mine:
+                        continue
+                    try:
+                        claim.lease.beat()  # one that was lost is seen where it matters
+                    except OSError as error:  # the job will meet that too, and end with it
+                        log.warning("heartbeat of %s not written: %s", claim.shard.name, error)
+
+
+def remove_leftovers(folder: Path) -> list[str]:
+    """Delete what killed tasks left in `.work` of shards that are there, but for those that somebody holds.
+
+    Returns:
+        the names of what was deleted.
+    """
+    there, removed = set(os.listdir(folder)), []
+    for name in sorted(os.listdir(folder / WORK)) if WORK in there else []:
+        of = re.match(r"\.*(shard-[0-9a-f]{16})\.", name)
+        if of is None or f"{of[1]}.h5" not in there:
+            continue
+        lease = _ShardLease(folder / WORK / f"{of[1]}.lease", "", "")
+        holder = read_state(lease.path)
+        if holder is None or not lease.blocked_by(holder):
+            (folder / WORK / name).unlink(missing_ok=True)
+            removed.append(name)
+    return removed
