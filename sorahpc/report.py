@@ -235,18 +235,22 @@ def _reconstructions(run: _Run) -> str:
     clips = data["clips"]
     if not clips:
         raise _Missing("evaluate.reconstructions is 0, or no cached clip has its video any more (see the log).")
-    mean = statistics.fmean(float(clip["psnr_db"]) for clip in clips)
+    mean = f"mean PSNR {statistics.fmean(float(clip['psnr_db']) for clip in clips):.1f} dB"
+    likeness = [float(clip["ssim"]) for clip in clips if clip.get("ssim") is not None]
+    mean += f" and SSIM {statistics.fmean(likeness):.3f}" if likeness else ""
     lines = [
         "<p>What the model can show at best: the cached latents of training clips, decoded. "
-        f"{esc(data['vae']['id'])}, mean PSNR {mean:.1f} dB over {len(clips)} clips.</p>",
+        f"{esc(data['vae']['id'])}, {mean} over {len(clips)} clips.</p>",
         '<div class="clips pairs">',
     ]
     for clip in clips:
         real, again = folder / Path(clip["real"]).name, folder / Path(clip["reconstruction"]).name
+        found = f"PSNR {float(clip['psnr_db']):.1f} dB"
+        found += f", SSIM {float(clip['ssim']):.3f}" if clip.get("ssim") is not None else ""
         lines.append(
             f'<figure><div class="pair"><div>{run.video(real, "real: " + clip["caption"])}<small>real</small></div>'
             f"<div>{run.video(again, 'reconstruction: ' + clip['caption'])}<small>reconstruction</small></div></div>"
-            f"<figcaption><bdi>{esc(_cut(clip['caption']))}</bdi><small>PSNR {float(clip['psnr_db']):.1f} dB</small>"
+            f"<figcaption><bdi>{esc(_cut(clip['caption']))}</bdi><small>{found}</small>"
             "</figcaption></figure>"
         )
     lines.append("</div>")

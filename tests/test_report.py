@@ -71,8 +71,9 @@ def make_run(folder: Path, *, num_samples: int = 6, judged: bool = True) -> Path
         write_mp4(pairs / f"{i}.real.mp4", clip(i), 8.0)
         write_mp4(pairs / f"{i}.vae.mp4", clip(i) // 2 + 40, 8.0)
         entries.append(
-            {"caption": HOSTILE, "real": f"{i}.real.mp4", "reconstruction": f"{i}.vae.mp4", "psnr_db": 30.0 + i}
-        )
+            {"caption": HOSTILE, "real": f"{i}.real.mp4", "reconstruction": f"{i}.vae.mp4", "psnr_db": 30.0 + i,
+             **({"ssim": 0.5 + i / 4} if i else {})}  # written before there was SSIM, or of clips too small for it
+        )  # fmt: skip
     vae = {"id": "AutoencoderKLWan", "weights_sha256": "cd" * 32}
     (pairs / "reconstructions.json").write_text(json.dumps({"vae": vae, "clips": entries}))
     stages = [{"name": n, "seconds": s} for n, s in (("videos", 12.0), ("encode", 40.0), ("train", 260.0))]
@@ -156,7 +157,8 @@ def test_prompts_and_captions_are_text_and_never_markup(tmp_path: Path) -> None:
 
 def test_the_figures_are_counted_from_the_judgements(tmp_path: Path) -> None:
     text = read(write_report(make_run(tmp_path / "run"))).text
-    for words in ("visible 5 of 6", "colour 3 of 6", "shape 6 of 6", "direction 2 of 6", "PSNR 31.0 dB"):
+    psnr = ("PSNR 31.0 dB and SSIM 0.875", "PSNR 32.0 dB, SSIM 1.000", "PSNR 30.0 dB")
+    for words in ("visible 5 of 6", "colour 3 of 6", "shape 6 of 6", "direction 2 of 6", *psnr):
         assert words in text
     assert "colour: blue" in text, "a wrong verdict says what was found"
     assert "visible as asked: 5 of 6" in text and "83%" in text

@@ -1,6 +1,6 @@
 """evaluate: figures and clips for the report, from what a run has made.
 
-    reconstructions/reconstructions.json   real clips beside their cached latents decoded, with PSNR
+    reconstructions/reconstructions.json   real clips beside their cached latents decoded, with PSNR and SSIM
     samples/judgements.json                what each sample shows of what its prompt asked (toy world only)
 
 The reconstructions are what the model can show at best: the latents are those that it was trained on, storage dtype
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from sorahpc.data.mp4 import write_mp4
 from sorahpc.data.toyworld import parse_caption
 from sorahpc.errors import DataError, Stopped
 from sorahpc.metrics.physics import judge
+from sorahpc.metrics.similarity import psnr_db, ssim
 from sorahpc.models.vae import Vae, load_vae
 from sorahpc.runs import Task, read_json, write_json
 
@@ -104,13 +104,14 @@ def _counts(rows: list[dict[str, Any]]) -> str:
 
 
 def reconstruct(config: Config, advance: Callable[[], None]) -> None:
-    """Decode cached latents spread over the cache, and write them beside the real clips with their PSNR."""
+    """Decode cached latents spread over the cache, and write them beside the real clips with their PSNR and SSIM."""
     assert config.vae is not None
     folder = config.run_dir / "reconstructions"
     cache = LatentCache(config.cache_dir)
     count = min(config.evaluate.reconstructions, len(cache))
     chosen = [i * len(cache) // count for i in range(count)]
-    wanted = {"vae": cache.info["vae"], "keys": [cache.keys[i] for i in chosen]}
+    # format 2 has SSIM
+    wanted = {"format": 2, "vae": cache.info["vae"], "keys": [cache.keys[i] for i in chosen]}
     before = read_json(folder / "reconstructions.json") or {}
     if all(before.get(field) == value for field, value in wanted.items()):
         for _ in chosen:
@@ -135,9 +136,11 @@ def reconstruct(config: Config, advance: Callable[[], None]) -> None:
         advance()
     # Only what is there, so that the next run tries again what was left out.
     wanted["keys"] = [clip["key"] for clip in clips]
-    write_json(folder / "reconstructions.json", {"format": 1, **wanted, "clips": clips})
+    write_json(folder / "reconstructions.json", {**wanted, "clips": clips})
     if clips:
         log.info("mean PSNR of %d reconstructions: %.1f dB", len(clips), np.mean([c["psnr_db"] for c in clips]))
+        if likeness := [c["ssim"] for c in clips if c["ssim"] is not None]:
+            log.info("mean SSIM of %d reconstructions: %.4f", len(likeness), np.mean(likeness))
     else:
         log.warning("no reconstruction: none of %d cached clips has its video any more; encode again", count)
 
@@ -153,7 +156,14 @@ def _pair(
     clip = ClipConfig.model_validate(cache.info["clip"])  # as it was encoded, whatever the config says today
     ph, pw = cache.info["patch_hw"]
     patch = (cache.info.get("patch_t") or 1, ph, pw)
-    plan = plan_clip(videos[key], clip, stride=vae.stride, patch=patch, floor_frames=vae.floor_frames)
+    plan = plan_clip(
+        videos[key],
+        clip,
+        stride=vae.stride,
+        patch=patch,
+        floor_frames=vae.floor_frames,
+        latent_frames=vae.lengths.latent,
+    )
     real = decode(videos[key].path, plan)
     if real.shape != again.shape:
         raise DataError(
@@ -168,10 +178,5 @@ def _pair(
         "real": f"{key}.real.mp4",
         "reconstruction": f"{key}.vae.mp4",
         "psnr_db": psnr_db(real, again),
+        "ssim": ssim(real, again),
     }
-
-
-def psnr_db(a: np.ndarray, b: np.ndarray) -> float:
-    """Peak signal-to-noise ratio of uint8 clips in dB, from the mean squared error over all values; 99 if equal."""
-    error = float(np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2))
-    return 99.0 if error == 0 else min(99.0, 10 * math.log10(255**2 / error))

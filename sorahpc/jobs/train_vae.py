@@ -32,6 +32,7 @@ from sorahpc.data.decode import decode, plan_clip
 from sorahpc.data.manifest import read_manifest
 from sorahpc.distributed.muon import orthogonalize
 from sorahpc.errors import DataError, NumericsError, Stopped
+from sorahpc.metrics.similarity import psnr_db, ssim
 from sorahpc.models.vae import Vae, build_vae, load_vae, save_vae
 from sorahpc.runs import Task, atomic_write, write_json
 
@@ -43,7 +44,7 @@ ADAM_SHARE = 0.1  # Adam's learning rate as a share of Muon's
 
 
 def run(config: Config, task: Task) -> None:
-    """Manifest -> `train_vae.out`, and `train_vae/result.json` in the run with the PSNR on the clips held out."""
+    """Manifest -> `train_vae.out`, and `train_vae/result.json` in the run with PSNR and SSIM on the clips held out."""
     config.need("train_vae")
     spec = config.train_vae
     assert spec is not None
@@ -240,22 +241,24 @@ class Muon(torch.optim.Optimizer):
 
 
 def measure(vae: Vae, clips: list[np.ndarray]) -> dict[str, float | int | list[float] | None]:
-    """Reconstruction PSNR (dB, peak 255; mean and worst over the clips) and the latents' mean and std per channel."""
-    psnrs, latents = [], []
+    """PSNR (dB) and SSIM of reconstructions, mean and worst over the clips, and the latents' mean and std a channel."""
+    psnrs, ssims, latents = [], [], []
     for clip in clips:
         z = vae.encode(clip)
         latents.append(z.flatten(1).double())
-        mse = np.square(vae.decode(z).astype(np.float64) - clip).mean()
-        psnrs.append(_psnr(mse / 255**2))
-    if not clips:
-        return {"clips": 0, "psnr_db": None, "psnr_db_worst": None, "latent_mean": None, "latent_std": None}
-    z_all = torch.cat(latents, dim=1)
+        again = vae.decode(z)
+        psnrs.append(psnr_db(clip, again))
+        ssims.append(ssim(clip, again))
+    likeness = [s for s in ssims if s is not None]  # a clip under 11 px has none
+    z_all = torch.cat(latents, dim=1) if clips else None
     return {
         "clips": len(clips),
-        "psnr_db": float(np.mean(psnrs)),
-        "psnr_db_worst": float(np.min(psnrs)),
-        "latent_mean": [round(v, 4) for v in z_all.mean(1).tolist()],
-        "latent_std": [round(v, 4) for v in z_all.std(1).tolist()],
+        "psnr_db": float(np.mean(psnrs)) if clips else None,
+        "psnr_db_worst": min(psnrs, default=None),
+        "ssim": float(np.mean(likeness)) if likeness else None,
+        "ssim_worst": min(likeness, default=None),
+        "latent_mean": None if z_all is None else [round(v, 4) for v in z_all.mean(1).tolist()],
+        "latent_std": None if z_all is None else [round(v, 4) for v in z_all.std(1).tolist()],
     }
 
 
