@@ -36,8 +36,8 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 class Source:
     """Where weights come from.
 
-    folders: of the repository, the first of them the model's own; "" is its root. kind: what they are, "vae" or
-    "text"; "" if only the user knows.
+    folders: of the repository, the first of them the model's own; "" is its root. kind: what they are, "vae", "text"
+    or "vgg"; "" if only the user knows.
     """
 
     repository: str
@@ -57,9 +57,11 @@ NAMES = {
     "hunyuan-video": Source("hunyuanvideo-community/HunyuanVideo", ("vae",), "vae"),
     "hunyuan-video-1.5": Source("hunyuanvideo-community/HunyuanVideo-1.5-480p_t2v", ("vae",), "vae"),
     "ltx": Source("Lightricks/LTX-Video", ("vae",), "vae"),
+    "open-sora-1.2": Source("hpcai-tech/OpenSora-VAE-v1.2", ("",), "vae"),
     "mochi": Source("genmo/mochi-1-preview", ("vae",), "vae"),
     "wan-2.1": Source("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", ("vae",), "vae"),
     "wan-2.2": Source("Wan-AI/Wan2.2-TI2V-5B-Diffusers", ("vae",), "vae"),
+    "vgg16": Source("timm/vgg16.tv_in1k", ("",), "vgg"),
     "clip-l": _text("hunyuanvideo-community/HunyuanVideo", "text_encoder_2", "tokenizer_2"),
     "flan-t5-base": _text("google/flan-t5-base", ""),
     "flan-t5-xl": _text("google/flan-t5-xl", ""),
@@ -98,7 +100,7 @@ def resolve(path: Path, kind: str, where: str) -> Path:
     """The folder that a config's `path` stands for: itself, or of a known name its folder in the store.
 
     Args:
-        kind: "vae" or "text". where: the dotted key, for the message.
+        kind: "vae", "text" or "vgg". where: the dotted key, for the message.
 
     Raises:
         ConfigError: a name of the other kind. SetupError: a name that isn't in the store.

@@ -85,6 +85,7 @@ def plan_clip(
     stride: tuple[int, int, int],
     patch: tuple[int, int, int],
     floor_frames: Callable[[int], int],
+    latent_frames: Callable[[int], int] | None = None,
 ) -> ClipPlan:
     """Choose the frames and the size of a video's clip.
 
@@ -102,9 +103,10 @@ def plan_clip(
     Args:
         video: a row of the manifest.
         clip: the wishes.
-        stride: (t, h, w) of the VAE; n frames are (n - 1) // t + 1 latent frames.
+        stride: (t, h, w) of the VAE.
         patch: (pt, ph, pw) of the model.
         floor_frames: largest number of frames at most n that the VAE takes, at least 1.
+        latent_frames: latent frames of n frames; None: (n - 1) // t + 1.
 
     Raises:
         VideoError: the video is rejected: too short, too small, or too many tokens even when shortest; with its reason.
@@ -113,7 +115,8 @@ def plan_clip(
     if not video.ok:
         raise VideoError(video.path, video.reason)
     available = max(1, math.ceil(video.duration_s * clip.fps - TIME_TOLERANCE_S * clip.fps))
-    lengths = _lengths(min(available, clip.max_frames), stride[0], patch[0], floor_frames)
+    latent_frames = latent_frames or (lambda n: (n - 1) // stride[0] + 1)
+    lengths = _lengths(min(available, clip.max_frames), patch[0], floor_frames, latent_frames)
     longest = next(lengths, 0)
     if longest < clip.min_frames or longest == 0:
         raise VideoError(
@@ -128,7 +131,7 @@ def plan_clip(
         if num_frames < clip.min_frames:
             break
         height, width = whole
-        layers = ((num_frames - 1) // stride[0] + 1) // patch[0]  # of patches, one after the other in time
+        layers = latent_frames(num_frames) // patch[0]  # of patches, one after the other in time
         if clip.max_tokens is not None and layers * (height // unit_h) * (width // unit_w) > clip.max_tokens:
             area = clip.max_tokens // layers * unit_h * unit_w
             if area < least:
@@ -144,11 +147,13 @@ def plan_clip(
     )
 
 
-def _lengths(most: int, stride_t: int, pt: int, floor_frames: Callable[[int], int]) -> Iterator[int]:
+def _lengths(
+    most: int, pt: int, floor_frames: Callable[[int], int], latent_frames: Callable[[int], int]
+) -> Iterator[int]:
     """Lengths in frames that the VAE takes and the patch divides, from `most` down."""
     n = floor_frames(most)
     while True:
-        if ((n - 1) // stride_t + 1) % pt == 0:
+        if latent_frames(n) % pt == 0:
             yield n
         if n <= 1:
             return

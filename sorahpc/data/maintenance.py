@@ -48,6 +48,7 @@ from sorahpc.data.shards import (
 )
 from sorahpc.data.texts import DETAILED
 from sorahpc.errors import ConfigError, DataError
+from sorahpc.models.lengths import Lengths
 from sorahpc.runs import atomic_write, fsync_dir, write_json
 
 SHARDS_AT_ONCE = 4  # each is read as a stream; a file system with latency wants several
@@ -393,10 +394,16 @@ def list_samples(folder: Path) -> list[dict[str, Any]]:
     pt = cache.info.get("patch_t") or 1
     if type(pt) is not int or pt < 1:
         raise DataError(f"{shown(folder / INFO)}: field `patch_t`: expected a size or null, found {pt!r}")
+    restart = cache.info.get("restart_frames")
+    if restart is not None and (type(restart) is not int or restart < 1 or (restart - 1) % stride_t):
+        raise DataError(
+            f"{shown(folder / INFO)}: field `restart_frames`: expected {stride_t}k+1 frames or null, found {restart!r}"
+        )
+    lengths = Lengths(stride_t, stride_t, restart)
     rows = []
     for i, key in enumerate(cache.keys):
         c, t, h, w = (int(v) for v in cache.shapes[i])
-        frames = (t - 1) * stride_t + 1
+        frames = lengths.clip(t)
         rows.append(
             {
                 "key": key, "shard": cache.index.shards[cache.index.shard_of[i]], "shape": [c, t, h, w],

@@ -108,7 +108,14 @@ def run(config: Config, task: Task) -> None:
 
     def ready(row: int) -> _Ready:
         video, second = every[row], detailed.get(every[row].key, "")
-        cut = plan_clip(video, config.clip, stride=vae.stride, patch=patch, floor_frames=vae.floor_frames)
+        cut = plan_clip(
+            video,
+            config.clip,
+            stride=vae.stride,
+            patch=patch,
+            floor_frames=vae.floor_frames,
+            latent_frames=vae.lengths.latent,
+        )
         pixels, by = decode_by(decoder, video.path, cut, gpu)
         captions = [clean_caption(text) for text in ([video.caption, second] if second else [video.caption])]
         with one_by_one:
@@ -331,6 +338,7 @@ def cache_info(
         "dtype": config.encode.dtype,
         "channels": vae.channels,
         "stride": list(vae.stride),
+        "restart_frames": vae.lengths.restart,
         "patch_hw": list(patch[1:]),
         # None, and of the clip what is None, is as good as absent: caches from before there was a choice stay right.
         "patch_t": patch[0] if patch[0] > 1 else None,

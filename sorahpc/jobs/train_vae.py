@@ -137,7 +137,7 @@ class Trainer:
         noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(spec.seed * 1_000_003 + self.step))
         z = mean + spec.latent_noise * noise.to(mean.device)
         kl = 0.5 * (mean.square().mean() + spec.latent_noise**2 - 1) - math.log(spec.latent_noise)
-        error = self.vae.module.decode(z, *self.vae._decode_args).sample - x
+        error = self.vae.module.decode(z, *self.vae.decode_args).sample - x
         mse = error.square().mean()
         loss = mse + spec.l1_weight * error.abs().mean() + spec.kl_weight * kl
         if not math.isfinite(loss.item()):
@@ -277,7 +277,8 @@ def _load_clips(
         if task.stop_requested():
             raise Stopped("train_vae: stopped while reading the clips; nothing to save yet")
         try:
-            plan = plan_clip(video, clip, stride=vae.stride, patch=(1, 1, 1), floor_frames=vae.floor_frames)
+            plan = plan_clip(video, clip, stride=vae.stride, patch=(1, 1, 1), floor_frames=vae.floor_frames,
+                             latent_frames=vae.lengths.latent)  # fmt: skip
             clips.append(decode(video.path, plan))
         except DataError as error:
             log.warning("left out: %s", error)

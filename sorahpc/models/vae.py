@@ -1,4 +1,5 @@
-"""Video autoencoders: any diffusers class with a 3D latent, loaded from a local folder, behind one small face.
+"""Video autoencoders: any diffusers class with a 3D latent, and Open-Sora 1.2's, loaded from a local folder, behind one
+small face.
 
 The classes differ in their configs' words, in their strides and in which clip lengths they take; most cut a clip of a
 wrong length silently. `Vae` knows each class's rule, refuses what breaks it, and checks the shape of what comes out.
@@ -8,11 +9,12 @@ it; measured statistics far from it tell of wrong weights or wrongly scaled pixe
 
 Weights are read from safetensors only: a pickle may run code. They lie in a folder as diffusers saves it, or in a
 single file with that folder's config.json beside it, in diffusers' names or, for AutoencoderKLWan and
-AutoencoderKLLTXVideo, in the names of the model's authors.
+AutoencoderKLLTXVideo, in the names of the model's authors. Open-Sora's folder is read as its authors publish it.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -26,6 +28,8 @@ import torch
 
 from sorahpc.config import TilingConfig
 from sorahpc.errors import ConfigError, SetupError
+from sorahpc.models.lengths import Lengths
+from sorahpc.models.open_sora import PUBLISHED, OpenSoraVae, published_arch
 from sorahpc.models.tiling import Cut, in_parts
 from sorahpc.store import resolve
 
@@ -70,19 +74,26 @@ def _ltx_buffers(module: Any) -> Native:
     return mean, std / float(module.config.scaling_factor)
 
 
+def _open_sora_buffers(module: Any) -> Native:
+    """(z - shift) / scale, of buffers that lie among the weights."""
+    return tuple(b.detach().float().cpu().view(-1, 1) for b in (module.shift, module.scale))
+
+
 @dataclass(frozen=True)
 class _Rule:
     """What a class says of itself.
 
-    channels: the key of its config that holds the latent channels. stride: config -> (temporal, spatial).
-    frames_unit: the unit u of the clip lengths k u + 1. native: what its published models normalise by.
+    channels: the key of its config that holds the latent channels; two, where one lies in the other. stride: config ->
+    (temporal, spatial). frames_unit: the unit u of the clip lengths k u + 1. restart: config -> frames after which it
+    begins anew, None: never. native: what its published models normalise by.
     streams: it goes through a clip piece by piece by itself and carries over what the next piece needs, so that a
     piece's memory is all it takes, and cutting in time would only lose what is carried over.
     """
 
-    channels: str
+    channels: str | tuple[str, str]
     stride: Callable[[dict[str, Any]], tuple[int, int]]
     frames_unit: Callable[[int], int] = lambda temporal: temporal
+    restart: Callable[[dict[str, Any]], int | None] = lambda config: None
     native: Callable[[Any], Native] = _scaled
     streams: bool = False
 
@@ -131,6 +142,13 @@ _RULES = {
     ),
     "AutoencoderKLQwenImage": _Rule("z_dim", _wan, native=_by_channel, streams=True),
     "AutoencoderKLWan": _Rule("z_dim", _wan, native=_by_channel, streams=True),
+    "OpenSoraVae": _Rule(
+        ("temporal", "latent_channels"),
+        lambda c: (2 ** sum(c["temporal"]["temporal_downsample"]), 2 ** (len(c["spatial"]["block_out_channels"]) - 1)),
+        restart=lambda c: c["micro_frame_size"],
+        native=_open_sora_buffers,
+        streams=True,
+    ),
 }
 CLASSES = tuple(sorted(_RULES))
 
@@ -139,11 +157,12 @@ class Vae:
     """An autoencoder with its rules. Made by `load_vae` or `build_vae`.
 
     Attributes:
-        id: name of the diffusers class.
+        id: name of the class.
         channels: latent channels C.
         stride: (t, h, w): a latent frame covers t frames (the first one covers 1), a latent pixel covers h x w.
+        lengths: the clip lengths that it takes, and their latent frames.
         weights_sha256: hex sha256 of the weights file, or of all of them in name order; "" for weights never saved.
-        module: the diffusers module, for training.
+        module: the module itself, for training.
         native: (mean, std), float32 [C or 1, F], by which the class's published models normalise: (z - mean) / std.
             F is 1, or one value a latent frame (Cosmos). None where the config has none, or, the constructor's
             defaults in a model of another size, not one a channel.
@@ -162,20 +181,26 @@ class Vae:
         self.id: str = type(module).__name__
         rule = _RULES[self.id]
         temporal, spatial = rule.stride(config)
-        self.channels = int(config[rule.channels])
+        keys = (rule.channels,) if isinstance(rule.channels, str) else rule.channels
+        self.channels = int(functools.reduce(lambda part, key: part[key], keys, config))  # type: ignore[call-overload]
         self.stride = (int(temporal), int(spatial), int(spatial))
-        self.frames_unit = int(rule.frames_unit(self.stride[0]))
+        self.lengths = Lengths(self.stride[0], int(rule.frames_unit(self.stride[0])), rule.restart(config))
         self.weights_sha256 = weights_sha256
         self.module = module
         self.dtype = dtype
         self.device = device
         # LTX from 0.9.5 on is a denoising decoder; its own pipeline decodes at timestep 0, without noise, by default.
-        self._decode_args = (torch.zeros(1, device=device, dtype=dtype),) if config.get("timestep_conditioning") else ()
+        self._timestep = bool(config.get("timestep_conditioning"))
         native = rule.native(module)
         self.native: Native = native if native and len(native[0]) in (1, self.channels) else None
         self.tiling = tiling
         if tiling is not None:
             self._check_tiling(tiling, rule)
+
+    @property
+    def decode_args(self) -> tuple[torch.Tensor, ...]:
+        """What the module's `decode` takes beside the latent."""
+        return (torch.zeros(1, device=self.device, dtype=self.dtype),) if self._timestep else ()
 
     def _check_tiling(self, tiling: TilingConfig, rule: _Rule) -> None:
         (t, h, _), faults = self.stride, []
@@ -194,7 +219,7 @@ class Vae:
             near = self.floor_frames(tiling.chunk_frames)
             if near != tiling.chunk_frames:
                 found = f"found {tiling.chunk_frames}; nearest below: {near}"
-                faults.append(f"vae.tiling.chunk_frames: {self.id} takes {self.frames_unit}k+1 frames, {found}")
+                faults.append(f"vae.tiling.chunk_frames: {self.id} takes {self.lengths} frames, {found}")
             if tiling.overlap_frames % t != 1 % t:
                 found = f"found {tiling.overlap_frames}; nearest below: {(tiling.overlap_frames - 1) // t * t + 1}"
                 faults.append(f"vae.tiling.overlap_frames: {self.id} has a stride of {t}: expected {t}k+1, {found}")
@@ -214,11 +239,13 @@ class Vae:
             Cut.of(grid[1], how.tile_px and how.tile_px // h, how.overlap_px // h),
             Cut.of(grid[2], how.tile_px and how.tile_px // w, how.overlap_px // w),
         )
-        return places, (places[0].frames(t), places[1].pixels(h), places[2].pixels(w))
+        whole = self.lengths.clip(grid[0])
+        time = places[0].frames(t) if chunk else Cut(whole, whole, (0,))
+        return places, (time, places[1].pixels(h), places[2].pixels(w))
 
     def floor_frames(self, frames: int) -> int:
         """The longest clip of at most `frames` (>= 1) frames that this class takes."""
-        return max(frames - 1, 0) // self.frames_unit * self.frames_unit + 1
+        return self.lengths.floor(frames)
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """(C, T, H, W) of a clip's latent.
@@ -226,14 +253,14 @@ class Vae:
         Raises:
             ConfigError: the class doesn't take clips of this length or size.
         """
-        t, h, w = self.stride
+        _, h, w = self.stride
         if frames < 1 or self.floor_frames(frames) != frames or height < h or width < w or height % h or width % w:
             raise ConfigError(
-                f"vae: {self.id} takes clips of {self.frames_unit}k+1 frames with sides in multiples of {h} px, found "
+                f"vae: {self.id} takes clips of {self.lengths} frames with sides in multiples of {h} px, found "
                 f"{frames} frames of {width}x{height}; nearest below: {self.floor_frames(frames)} frames of "
                 f"{max(width // w, 1) * w}x{max(height // h, 1) * h}"
             )
-        return self.channels, (frames - 1) // t + 1, height // h, width // w
+        return self.channels, self.lengths.latent(frames), height // h, width // w
 
     def encode(self, frames: np.ndarray) -> torch.Tensor:
         """Clip -> latent.
@@ -292,21 +319,24 @@ class Vae:
         return clip
 
     def _decode_part(self, z: torch.Tensor) -> torch.Tensor:
-        (t, h, w), (frames, height, width) = self.stride, z.shape[1:]
-        x: torch.Tensor = self.module.decode(z[None], *self._decode_args).sample[0]
-        expected = (3, (frames - 1) * t + 1, height * h, width * w)
+        (_, h, w), (frames, height, width) = self.stride, z.shape[1:]
+        x: torch.Tensor = self.module.decode(z[None], *self.decode_args).sample[0]
+        expected = (3, self.lengths.clip(frames), height * h, width * w)
         if tuple(x.shape) != expected:
             raise ConfigError(f"vae: {self.id} decoded {list(z.shape)} to {list(x.shape)}, not {list(expected)}")
         return x
 
 
 def _class(name: Any, where: str) -> Any:
+    """What makes a module of the class `name` from its arguments."""
     if not isinstance(name, str) or name not in _RULES:
         raise ConfigError(f"{where}: expected one of {', '.join(CLASSES)}, found {name!r}")
     try:
         import diffusers  # a second of imports: only where a VAE is used
     except ImportError as error:
         raise SetupError(f"vae: diffusers can't be imported ({error}); pip install 'diffusers>=0.42,<0.43'") from None
+    if name == OpenSoraVae.__name__:
+        return functools.partial(OpenSoraVae, diffusers.AutoencoderKL)
     return getattr(diffusers, name)
 
 
@@ -359,6 +389,7 @@ def load_vae(
     dtype: str = "float32",
     device: str | torch.device = "cpu",
     tiling: TilingConfig | None = None,
+    where: str = "vae.path",
 ) -> Vae:
     """Load a video autoencoder, ready for inference.
 
@@ -366,41 +397,48 @@ def load_vae(
         path: a diffusers folder (config.json + safetensors), a .safetensors file with its config.json beside it, or
             a name of sorahpc.store.
         tiling: how it cuts what it encodes and decodes.
+        where: the dotted key of the path, for messages.
 
     Raises:
-        ConfigError: naming vae.path: no such folder or file, a class that is not known here, weights that don't fit;
+        ConfigError: naming `where`: no such folder or file, a class that is not known here, weights that don't fit;
         naming vae.tiling: the class can't be cut so. SetupError: a name that isn't in the store.
     """
-    path = resolve(Path(path), "vae", "vae.path")
+    path = resolve(Path(path), "vae", where)
     single = path.is_file()
     folder = path.parent if single else path
     if single and path.suffix != ".safetensors":
-        raise ConfigError(f"vae.path: {path}: weights are read from safetensors only")
+        raise ConfigError(f"{where}: {path}: weights are read from safetensors only")
     if not folder.is_dir() or (path.suffix == ".safetensors" and not path.exists()):
         raise ConfigError(
-            f"vae.path: no {'file' if path.suffix == '.safetensors' else 'folder'} {path}; expected a local diffusers "
+            f"{where}: no {'file' if path.suffix == '.safetensors' else 'folder'} {path}; expected a local diffusers "
             "autoencoder (config.json + safetensors)"
         )
     if not (folder / "config.json").is_file():
-        raise ConfigError(f"vae.path: no config.json in {folder}; expected a local diffusers autoencoder")
-    cls = _class(
-        _read_json(folder / "config.json", "vae.path").get("_class_name"),
-        f"vae.path: {folder}/config.json: _class_name",
-    )
-    files = [path] if single else weight_files(folder, WEIGHTS, "vae.path")
+        raise ConfigError(f"{where}: no config.json in {folder}; expected a local diffusers autoencoder")
+    config = _read_json(folder / "config.json", where)
+    published = config.get("model_type") == PUBLISHED
+    name = OpenSoraVae.__name__ if published else config.get("_class_name")
+    cls = _class(name, f"{where}: {folder}/config.json: _class_name")
+    files = [path] if single else weight_files(folder, "model.safetensors" if published else WEIGHTS, where)
     sha256 = sha256_files(files)
     torch_dtype = getattr(torch, dtype)
     try:
-        module, info = _from_file(cls, path, torch_dtype) if single else _from_folder(cls, folder, torch_dtype)
+        if name == OpenSoraVae.__name__:
+            arch = published_arch(config) if published else {k: v for k, v in config.items() if k[:1] != "_"}
+            module, info = _from_files(cls(**arch), files, torch_dtype)
+        elif single:
+            module, info = _from_file(cls, path, torch_dtype, where)
+        else:
+            module, info = _from_folder(cls, folder, torch_dtype)
     except ConfigError:
         raise
     except Exception as error:  # what a broken folder raises is any of a dozen types, by the class
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ConfigError(f"vae.path: {path} doesn't load as {cls.__name__}: {first[:300]}") from error
+        raise ConfigError(f"{where}: {path} doesn't load as {name}: {first[:300]}") from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info.get(kind):
             raise ConfigError(
-                f"vae.path: {path}: {kind.replace('_', ' ')} between config.json and weights: "
+                f"{where}: {path}: {kind.replace('_', ' ')} between config.json and weights: "
                 f"{len(info[kind])}, such as {sorted(map(str, info[kind]))[0]}"
             )
     module = module.to(device=device).eval().requires_grad_(False)
@@ -419,7 +457,7 @@ def _from_folder(cls: Any, folder: Path, dtype: torch.dtype) -> tuple[Any, dict[
     return module, info
 
 
-def _from_file(cls: Any, path: Path, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
+def _from_file(cls: Any, path: Path, dtype: torch.dtype, where: str) -> tuple[Any, dict[str, Any]]:
     """A module with the weights of a single file, in diffusers' names or in the authors' that diffusers can translate.
 
     Not by from_single_file, which leaves what the file lacks at random values, with a line in the log.
@@ -433,10 +471,23 @@ def _from_file(cls: Any, path: Path, dtype: torch.dtype) -> tuple[Any, dict[str,
     if not state.keys() & expected.keys():
         if cls.__name__ not in SINGLE_FILE_LOADABLE_CLASSES:
             raise ConfigError(
-                f"vae.path: {path}: its tensors (such as {next(iter(sorted(state)), 'none')}) don't have diffusers' "
+                f"{where}: {path}: its tensors (such as {next(iter(sorted(state)), 'none')}) don't have diffusers' "
                 f"names, and {cls.__name__} can't be translated; use the folder that diffusers saves"
             )
         state = SINGLE_FILE_LOADABLE_CLASSES[cls.__name__]["checkpoint_mapping_fn"](config=config, checkpoint=state)
+    return _with_state(module, state, dtype)
+
+
+def _from_files(module: Any, files: list[Path], dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
+    """A module with the weights of files in its own names."""
+    from safetensors.torch import load_file
+
+    return _with_state(module, {k: v for path in files for k, v in load_file(path).items()}, dtype)
+
+
+def _with_state(module: Any, state: dict[str, torch.Tensor], dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
+    """The module with that state, and what doesn't fit, in from_pretrained's words; then nothing was loaded."""
+    expected = module.state_dict()
     faults = {
         "missing_keys": expected.keys() - state.keys(),
         "unexpected_keys": state.keys() - expected.keys(),
