@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import zlib
 from pathlib import Path
 
@@ -77,6 +78,7 @@ def test_hostile_shards_are_refused_not_crashed_on(tmp_path: Path) -> None:
         ("rows", [1 << 60, -1, 0, 0], "latent has no bytes"),
         ("keys", [b"../../etc/passwd"] * 4, "keys"),
         ("stats/sum", [float("nan")] * C, "stats"),
+        ("fps", [8.0, 8.0, 0.0, 8.0], "fps"),
     ],
 )
 def test_hostile_values_in_a_shard_are_refused_by_name(tmp_path: Path, name: str, values: list, word: str) -> None:
@@ -88,6 +90,69 @@ def test_hostile_values_in_a_shard_are_refused_by_name(tmp_path: Path, name: str
     path.write_bytes(data + module._seal(zlib.crc32(data)))  # as they could, too
     with pytest.raises(DataError, match=word):
         read_shard(path, C, {"text": D}, "float16")
+
+
+def test_a_shard_that_points_out_of_its_file_or_fills_the_memory_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, count=4)
+    (path,) = tmp_path.glob("shard-*.h5")
+    good = path.read_bytes()
+    other = tmp_path / "other.h5"
+    shutil.copy(path, other)
+    text = h5py.string_dtype("utf-8")
+
+    def virtual(f: h5py.File, name: str) -> None:
+        layout = h5py.VirtualLayout(f[name].shape, f[name].dtype)
+        layout[...] = h5py.VirtualSource(str(other), name, f[name].shape)
+        del f[name]
+        f.create_virtual_dataset(name, layout)
+
+    def external(f: h5py.File, name: str) -> None:
+        kind, shape = f[name].dtype, f[name].shape
+        del f[name]
+        f.create_dataset(name, shape, kind, external=[(str(other), 0, h5py.h5f.UNLIMITED)])
+
+    def linked(f: h5py.File, name: str) -> None:
+        del f[name]
+        f[name] = h5py.ExternalLink(str(other), name)
+
+    def soft(f: h5py.File, name: str) -> None:
+        f.move(name, "elsewhere")
+        f[name] = h5py.SoftLink("/elsewhere")
+
+    def huge(f: h5py.File, name: str) -> None:
+        """Every value the same megabyte."""
+        del f[name]
+        f.create_dataset(name, data=["x" * (1 << 20), "", "", ""], dtype=text)
+        repeated.append(f[name].id.get_offset())
+
+    def chunked(f: h5py.File, name: str) -> None:
+        del f[name]
+        f.create_dataset(name, shape=(4,), dtype=text, chunks=(1,))
+
+    for change, name in [
+        (virtual, "keys"), (virtual, "text"), (external, "latent_crc32"), (linked, "keys"), (linked, "captions"),
+        (linked, "stats"), (soft, "fps"), (huge, "captions"), (chunked, "sources"),
+    ]:  # fmt: skip
+        path.write_bytes(good)
+        repeated: list[int] = []
+        with h5py.File(path, "r+") as f:
+            change(f, name)
+        data = path.read_bytes()
+        for at in repeated:
+            data = data[:at] + data[at : at + 16] * 4 + data[at + 64 :]
+        path.write_bytes(data + module._seal(zlib.crc32(data)))
+        with pytest.raises(DataError, match=f"`{name}") as caught:
+            read_shard(path, C, {"text": D}, "float16")
+        assert "\n" not in str(caught.value), (change, name)
+
+
+def test_an_empty_text_larger_than_its_file_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    path = tmp_path / module.EMPTY_TEXT
+    with h5py.File(path, "w") as f:
+        f.create_dataset("text", (1 << 20, 1 << 20), "<f2", chunks=(1, 1 << 20))
+    path.write_bytes(path.read_bytes() + module._seal(zlib.crc32(path.read_bytes())))
+    with pytest.raises(DataError, match="two bytes a value expected"):
+        module.read_empty_text(tmp_path, {"text": 1 << 20}, "float16")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

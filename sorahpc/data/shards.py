@@ -413,6 +413,18 @@ def pieces(row: Mapping[str, Any], dims: Mapping[str, int]) -> list[tuple[str, i
     return [("latent", row["latent_offset"], nbytes, row["latent_crc32"]), *texts]
 
 
+def _own_dataset(file: Any, name: str) -> Any:
+    """A dataset whose values lie in this file; None if there is none of that name. HDF5 can point into any other file,
+    by links, virtual datasets and external storage."""
+    h5py = _h5py()
+    found = file
+    for part in name.split("/"):
+        if not isinstance(found, h5py.Group) or not isinstance(found.get(part, getlink=True), h5py.HardLink):
+            return None
+        found = found[part]
+    return found if isinstance(found, h5py.Dataset) and not found.is_virtual and not found.external else None
+
+
 @dataclass(frozen=True)
 class Shard:
     rows: list[dict[str, Any]]  # of the index, without `shard`
@@ -447,8 +459,8 @@ def read_shard(path: Path, channels: int, dims: Mapping[str, int], dtype: str) -
             need(found == dtype, f"torch_dtype: expected {dtype}, found {found!r}")
 
             def column(name: str, shape: tuple[int | None, ...], kind: str) -> np.ndarray:
-                data = f.get(name)
-                need(isinstance(data, h5py.Dataset), f"`{name}` is missing")
+                data = _own_dataset(f, name)
+                need(data is not None, f"`{name}` is missing")
                 need(data.dtype == np.dtype(kind), f"`{name}`: dtype {kind} expected, found {data.dtype}")
                 fits = data.ndim == len(shape) and all(w in (None, n) for n, w in zip(data.shape, shape, strict=True))
                 need(
@@ -458,12 +470,20 @@ def read_shard(path: Path, channels: int, dims: Mapping[str, int], dtype: str) -
                 return np.asarray(data[()])
 
             def strings(name: str, count: int | None) -> list[str]:
-                data = f.get(name)
-                need(isinstance(data, h5py.Dataset) and h5py.check_string_dtype(data.dtype), f"`{name}`: no strings")
+                data = _own_dataset(f, name)
+                need(data is not None and h5py.check_string_dtype(data.dtype), f"`{name}`: no strings")
                 need(
-                    data.ndim == 1 and data.size <= _MAX_SAMPLES and count in (None, data.size),
+                    data.ndim == 1 and data.size <= _MAX_SAMPLES and count in (None, data.size) and data.chunks is None,
                     f"`{name}`: {data.shape}",
                 )
+                if data.size:
+                    # Each value is 16 bytes: its length and where it lies. Many may lie in one place, and would fill
+                    # any memory.
+                    with open(path, "rb") as file:
+                        file.seek(data.id.get_offset() or 0)
+                        lengths = np.frombuffer(file.read(16 * data.size), "<u4")[::4]
+                    fits = len(lengths) == data.size and int(lengths.sum(dtype=np.int64)) <= size
+                    need(fits and f.id.get_create_plist().get_sizes() == (8, 8), f"`{name}`: longer than the file")
                 return [bytes(v)[: 8 * MAX_CAPTION_CHARS].decode("utf-8", "replace") for v in data[()]]
 
             keys = [k.decode("ascii", "replace") for k in column("keys", (None,), "S16")]
@@ -476,6 +496,7 @@ def read_shard(path: Path, channels: int, dims: Mapping[str, int], dtype: str) -
             )
             rows_of, stored = column("rows", (n,), "<i8"), column("byte_offsets", (n,), "<i8")
             crc, fps = column("latent_crc32", (n,), "<u4"), column("fps", (n,), "<f8")
+            need((np.isfinite(fps) & (fps > 0)).all(), "`fps`: above 0 expected")
             captions, sources = strings("captions", n), strings("sources", n)
             detailed = strings("detailed_captions", n) if "detailed_captions" in f else [""] * n
             total, squares = column("stats/sum", (channels,), "<f8"), column("stats/sumsq", (channels,), "<f8")
@@ -498,8 +519,8 @@ def read_shard(path: Path, channels: int, dims: Mapping[str, int], dtype: str) -
                 need(name not in _ONE or (lengths[there] == 1).all(), f"`{name}_offsets`: one row a sample expected")
                 at = 0
                 if n:
-                    text = f.get(name)
-                    fits = isinstance(text, h5py.Dataset) and text.shape == (int(bounds[-1]), dim)
+                    text = _own_dataset(f, name)
+                    fits = text is not None and text.shape == (int(bounds[-1]), dim)
                     need(fits, f"`{name}`: wrong shape")
                     plain = text.dtype.itemsize == 2 and text.chunks is None
                     need(plain, f"`{name}`: two bytes a value, contiguous, expected")
@@ -512,8 +533,8 @@ def read_shard(path: Path, channels: int, dims: Mapping[str, int], dtype: str) -
                     place[f"{name}_len"], place[f"{name}_crc32"] = int(lengths[i]), int(sums[i])
             tables: dict[tuple[int, ...], dict[int, int]] = {}
             for shape in {tuple(int(v) for v in s) for s in shapes}:
-                data = f.get("latents/" + "x".join(map(str, shape)))
-                need(isinstance(data, h5py.Dataset) and data.shape[1:] == shape, f"latents of {shape}: missing")
+                data = _own_dataset(f, "latents/" + "x".join(map(str, shape)))
+                need(data is not None and data.shape[1:] == shape, f"latents of {shape}: missing")
                 plain = data.chunks == (1, *shape) and data.id.get_create_plist().get_nfilters() == 0
                 need(plain and data.dtype.itemsize == 2, f"latents of {shape}: one unfiltered sample a chunk expected")
                 chunks: list[Any] = []
@@ -558,16 +579,19 @@ def read_empty_text(folder: Path, dims: Mapping[str, int], dtype: str) -> dict[s
     out = {}
     try:
         check_seal(path)
+        size = path.stat().st_size
         with _h5py().File(path, "r", locking=False) as f:
             for name, dim in dims.items():
-                data = f[name]
-                small = data.ndim == 2 and data.shape[1] == dim and 1 <= data.shape[0] <= 65_536
-                if not small or data.dtype.itemsize != 2:
-                    found = f"{data.shape} {data.dtype}"
+                data = _own_dataset(f, name)
+                fits = data is not None and data.ndim == 2 and data.shape[1] == dim and 1 <= data.shape[0]
+                if not fits or data.dtype.itemsize != 2 or 2 * data.size > size:
+                    found = "none" if data is None else f"{data.shape} {data.dtype}"
                     raise ValueError(f"`{name}`: [L,{dim}] of two bytes a value expected, found {found}")
                 out[name] = from_bits(np.ascontiguousarray(data[()]).tobytes(), dtype).view(-1, dim)
     except DataError as error:
         raise DataError(f"{error}; delete it and run `sorahpc encode` again") from None
+    except FileNotFoundError:
+        raise DataError(f"{shown(path)}: missing; run `sorahpc encode` again, which writes it") from None
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         first = (str(error).splitlines() or ["unreadable"])[0]
         raise DataError(f"{shown(path)}: {first}; delete it and run `sorahpc encode` again") from None
