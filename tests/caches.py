@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 
+from sorahpc.data import cache
 from sorahpc.data.cache import build_index, pin_info, plan_shards
 from sorahpc.data.shards import ShardWriter, write_empty_text
 
@@ -30,6 +34,19 @@ def info(dtype: str = "float16") -> dict:
 
 def dims(clip: bool = False) -> dict[str, int]:
     return {"text": D, **(CLIP if clip else {})}
+
+
+def forge(folder: Path, meta: dict | None = None, drop: str | None = None, **cells: object) -> None:
+    """Change an index, without its column `drop` and with `cells` in its third row, and give it the right sha256."""
+    table = pq.read_table(folder / cache.INDEX)
+    told = json.loads(table.schema.metadata[cache._META])
+    told = {k: v for k, v in (told | (meta or {})).items() if k != "sha256" and v is not None}
+    rows = table.to_pylist()
+    rows[2] |= cells
+    schema = table.schema.remove(table.schema.get_field_index(drop)) if drop else table.schema
+    forged = pa.Table.from_pylist(rows, schema=schema)
+    told["sha256"] = cache._digest(forged, told)
+    pq.write_table(forged.replace_schema_metadata({cache._META: json.dumps(told)}), folder / cache.INDEX)
 
 
 def samples(count: int = 10, clip: bool = False, detailed: bool = False) -> list[tuple]:

@@ -7,12 +7,9 @@ import os
 import threading
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-from caches import C, D, info, write
+from caches import C, D, forge, info, write
 
-from sorahpc.data import cache as module
 from sorahpc.data.cache import INDEX, INFO, build_index, check_info, pin_info, plan_shards, read_info
 from sorahpc.data.latents import LatentCache
 from sorahpc.data.shards import ShardWriter
@@ -39,17 +36,13 @@ def test_the_same_samples_give_the_same_bytes(tmp_path: Path) -> None:
         ("text_len", 0, "text"),
         ("text_len", 1 << 61, "text"),
         ("key", "not a key", "keys"),
+        ("fps", float("nan"), "fps"),
+        ("fps", 0.0, "fps"),
     ],
 )
 def test_hostile_values_in_the_index_are_refused_by_name(tmp_path: Path, column: str, value: object, word: str) -> None:
     write(tmp_path, count=4)
-    table = pq.read_table(tmp_path / INDEX)
-    rows = table.to_pylist()
-    rows[2][column] = value
-    hostile = pa.Table.from_pylist(rows, schema=table.schema)
-    meta = json.loads(table.schema.metadata[module._META])
-    meta["sha256"] = module._digest(hostile, {k: v for k, v in meta.items() if k != "sha256"})  # as they could, too
-    pq.write_table(hostile.replace_schema_metadata({module._META: json.dumps(meta)}), tmp_path / INDEX)
+    forge(tmp_path, **{column: value})
     with pytest.raises(DataError, match=f"{INDEX}: .*{word}"):
         LatentCache(tmp_path)
 

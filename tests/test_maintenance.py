@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -10,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from caches import C, D, info, samples, write
+from caches import C, D, forge, info, samples, write
 
 from sorahpc.cli import main
 from sorahpc.data import maintenance as module
@@ -163,6 +164,93 @@ def test_repair_builds_a_lost_index_and_refuses_to_guess_a_lost_key(tmp_path: Pa
     (tmp_path / INFO).write_bytes(b"{")
     before = content(tmp_path)
     with pytest.raises(DataError, match=f"{INFO}: damaged, and {INDEX} .*nothing was changed"):
+        repair(tmp_path)
+    assert content(tmp_path) == before
+
+
+def test_repair_puts_a_lost_cache_json_back_and_names_a_lost_empty_text_and_what_writes_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path)
+    good = content(tmp_path)
+    (tmp_path / INFO).unlink()
+    (tmp_path / EMPTY_TEXT).unlink()
+    assert {f.file for f in verify(tmp_path).faults} == {INFO, EMPTY_TEXT}
+    assert main(["cache", "repair", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert f"{tmp_path}/{INFO}: put back" in said and f"{tmp_path}/{EMPTY_TEXT}: missing" in said
+    assert "run `sorahpc encode`" in said and (tmp_path / INFO).read_bytes() == good[INFO]
+    assert repair(tmp_path)["missing"] == [EMPTY_TEXT]
+    with pytest.raises(DataError, match=f"{EMPTY_TEXT}: missing; run `sorahpc encode` again"):
+        LatentCache(tmp_path)
+    write_empty_text(tmp_path, {"text": torch.ones(1, D)}, "float16")
+    assert content(tmp_path) == good
+
+
+@pytest.mark.parametrize(
+    ("meta", "what"),
+    [
+        ({"shards": None}, "shards: names"),
+        ({"shards": {"../../passwd": 1}}, "shards: names"),
+        ({"shards": ["shard-0123456789abcdef.h5"]}, "shards: names"),
+        ({"mean": None}, "statistics: mean"),
+        ({"std": [0.5, "1", 1.0, 1.0]}, "statistics: std"),
+        ({"count": "many"}, "statistics: count"),
+        ({"info": None}, "no copy of cache.json"),
+        ({"info": 7}, "no copy of cache.json"),
+        ({"info": "{"}, "no copy of cache.json"),
+        ({"info": "\ud800"}, "no copy of cache.json"),
+        ({"mean": [1.0]}, "statistics: mean"),
+        ({"count": 1}, "statistics: count"),
+    ],
+)
+def test_an_index_with_the_right_sha256_and_wrong_fields_is_a_fault_and_is_made_anew(
+    tmp_path: Path, meta: dict[str, object], what: str
+) -> None:
+    write(tmp_path)
+    good = content(tmp_path)
+    forge(tmp_path, meta)
+    assert [(f.file, f.what.startswith(what)) for f in verify(tmp_path).faults] == [(INDEX, True)]
+    assert repair(tmp_path)["set_aside"] == {}
+    assert verify(tmp_path).faults == [] and content(tmp_path).keys() == good.keys()
+
+
+@pytest.mark.parametrize("cells", [{"caption": "another"}, {"shard": "shard-0123456789abcdef.h5"}, {"width": -1}])
+def test_a_row_that_is_not_what_its_shard_says_is_named(tmp_path: Path, cells: dict[str, object]) -> None:
+    rows = write(tmp_path)
+    good = content(tmp_path)
+    forge(tmp_path, **cells)
+    faults = verify(tmp_path).faults
+    assert [(f.file, f.key) for f in faults] == [(INDEX, rows[2][0])] and next(iter(cells)) in faults[0].what
+    repair(tmp_path)
+    assert content(tmp_path) == good
+
+
+def test_a_column_too_few_and_a_sample_in_two_shards_are_faults_not_crashes(tmp_path: Path) -> None:
+    write(tmp_path / "a", detailed=True)
+    forge(tmp_path / "a", drop="detailed")
+    assert {f.file for f in verify(tmp_path / "a").faults} == {INDEX}
+    rows = write(tmp_path / "b", count=4)
+    writer = ShardWriter(tmp_path / "b", "shard-" + "f" * 16 + ".h5", "float16", C, {"text": D})
+    writer.add(*rows[0])
+    there = json.loads(json.dumps({p.name: p.stat().st_size for p in (tmp_path / "b").glob("shard-*")}))
+    there[writer.name] = writer.commit().stat().st_size
+    forge(tmp_path / "b", {"shards": there})
+    (fault,) = verify(tmp_path / "b").faults
+    assert f"sample {rows[0][0]} is in" in fault.what
+
+
+def test_a_shard_that_the_system_does_not_read_is_not_set_aside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path)
+    before = content(tmp_path)
+
+    def failing(path: Path) -> None:
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    monkeypatch.setattr(module, "check_seal", failing)
+    with pytest.raises(DataError, match="can't be read: Input/output error; nothing was changed"):
         repair(tmp_path)
     assert content(tmp_path) == before
 

@@ -64,13 +64,14 @@ def cache_stats(
 def cache_ls(path: CacheArg, as_json: AsJson = False) -> int:
     """A line a sample: key, latent shape, seconds, tokens, words' tokens, caption."""
     from sorahpc.data.maintenance import list_samples
+    from sorahpc.data.manifest import shown
 
     rows = list_samples(path)
     lines = [f"{'key':16} {'C x T x H x W':18} {'s':>6} {'tokens':>8} {'text':>5} caption"]
     for row in rows:
         shape = " x ".join(map(str, row["shape"]))
         size = f"{row['duration_s']:>6.2f} {row['tokens']:>8} {row['text_len']:>5}"
-        lines.append(f"{row['key']} {shape:18} {size} {row['caption'][:80]}")
+        lines.append(f"{row['key']} {shape:18} {size} {shown(row['caption'][:80])}")
     say(rows, "\n".join(lines), as_json)
     return 0
 
@@ -87,6 +88,7 @@ def cache_show(
     """Decode a sample back to an mp4 file, with the autoencoder that the cache was made with."""
     from sorahpc.configfile import load_config
     from sorahpc.data.maintenance import show
+    from sorahpc.data.manifest import shown
 
     if (vae is None) == (config is None):
         raise ConfigError("cache show: expected one of --vae FOLDER and --config CONFIG")
@@ -97,7 +99,7 @@ def cache_show(
         vae = loaded.vae.path
     assert vae is not None
     row = show(path, key, vae, out or Path(f"{key}.mp4"))
-    say(row, f"{row['path']}: {row['frames']} frames, {row['caption']}", as_json)
+    say(row, f"{row['path']}: {row['frames']} frames, {shown(row['caption'])}", as_json)
     return 0
 
 

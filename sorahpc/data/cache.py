@@ -345,6 +345,8 @@ def load_index(folder: Path) -> tuple[pa.Table, dict[str, Any]]:
         raise DataError(f"{name}: a value is missing; {_ANEW}")
     if not isinstance(meta, dict) or meta.get("version") != VERSION:
         raise DataError(f"{name}: version {VERSION} expected; {_ANEW}")
+    if fault := _wrong_in(meta):
+        raise DataError(f"{name}: {fault}; {_ANEW}")
     expected = meta.pop("sha256", None)
     try:
         found = _digest(table, meta)
@@ -353,6 +355,24 @@ def load_index(folder: Path) -> tuple[pa.Table, dict[str, Any]]:
     if expected != found:
         raise DataError(f"{name}: damaged: sha256 of its values {expected} expected, found {found}; {_ANEW}")
     return table, meta
+
+
+def _wrong_in(meta: dict[str, Any]) -> str:
+    """What is not as `build_index` writes it, whatever the sha256 says; "" if all is."""
+    shards = meta.get("shards")
+    if not isinstance(shards, dict) or not all(SHARD.fullmatch(s) and type(n) is int for s, n in shards.items()):
+        return "shards: names shard-<16 hex>.h5 with their bytes expected"
+    for stat in ("mean", "std"):
+        values = meta.get(stat)
+        if not isinstance(values, list) or not all(isinstance(v, float) and math.isfinite(v) for v in values):
+            return f"statistics: {stat}: a float for each channel expected"
+    if type(meta.get("count")) is not int or meta["count"] < 0:
+        return "statistics: count: a number expected"
+    try:
+        info = json.loads(meta["info"].encode())
+    except (KeyError, AttributeError, ValueError, RecursionError):
+        info = None
+    return "" if isinstance(info, dict) else f"no copy of {INFO} in it"
 
 
 def read_index(folder: Path, channels: int, dims: Mapping[str, int]) -> Index:
@@ -368,9 +388,7 @@ def read_index(folder: Path, channels: int, dims: Mapping[str, int]) -> Index:
         if not condition:
             raise DataError(f"{name}: {what}; {_ANEW}")
 
-    need(isinstance(meta.get("shards"), dict), "no list of shards")
     shards = sorted(meta["shards"])
-    need(all(SHARD.fullmatch(s) for s in shards), "a shard's name is not shard-<16 hex>.h5")
     sizes = np.empty(len(shards), np.int64)
     for k, shard in enumerate(shards):
         try:
@@ -414,10 +432,9 @@ def read_index(folder: Path, channels: int, dims: Mapping[str, int]) -> Index:
         need(fits.all() and (at.offset >= 0).all(), f"{text}: length or offset out of range")
         text_ends = at.offset + 2.0 * at.length * dims[text.removeprefix(DETAILED)]
         need((text_ends <= sizes[shard_of]).all(), f"a {text} embedding ends after its shard")
-    for stat in ("mean", "std"):
-        values = meta.get(stat)
-        fits = isinstance(values, list) and len(values) == channels
-        need(fits and all(isinstance(v, float) and math.isfinite(v) for v in values or []), "statistics: a float each")
+    need(len(meta["mean"]) == len(meta["std"]) == channels, f"statistics: {channels} channels expected")
+    fps = column("fps", np.float64)
+    need((np.isfinite(fps) & (fps > 0)).all(), "fps: above 0 expected")
     mean, std = (torch.tensor(meta[n], dtype=torch.float32) for n in ("mean", "std"))
     need(bool((std > 0).all()), "statistics: std must be above 0")
     return Index(
@@ -427,7 +444,7 @@ def read_index(folder: Path, channels: int, dims: Mapping[str, int]) -> Index:
         captions=captions,
         sources=sources,
         detailed=detailed,
-        fps=column("fps", np.float64),
+        fps=fps,
         shapes=shapes,
         latent_offset=latent_offset,
         latent_crc=column("latent_crc32"),

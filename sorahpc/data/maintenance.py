@@ -65,6 +65,7 @@ class Fault:
     file: str  # its name in the cache folder
     key: str  # of the sample that it hits; "" where it hits the file
     what: str  # one line, with what was expected and found
+    unread: bool = False  # the system would not read it: that says nothing of its bytes
 
     def __str__(self) -> str:
         return f"{self.file}: {f'sample {self.key}: ' if self.key else ''}{self.what}"
@@ -107,7 +108,7 @@ def verify(folder: Path) -> Report:
         try:
             return read()
         except (DataError, OSError) as error:
-            faults.append(Fault(file, "", _plain(error, folder / file)))
+            faults.append(_fault(error, folder / file))
             return None
 
     info = attempt(INFO, lambda: read_info(folder))
@@ -137,7 +138,7 @@ def verify(folder: Path) -> Report:
         and len(shards) == len(names)
         and not any(f.file == INFO for f in faults)
     ):
-        faults += _against_shards(folder, *index, shards, kinds)
+        faults += attempt(INDEX, lambda: _against_shards(folder, *index, shards, kinds)) or []
     sizes = [(folder / name).stat().st_size for name in {*names, INFO, INDEX, EMPTY_TEXT} if name in listed]
     return Report(
         samples=sum(len(shard.rows) for shard in shards.values()) if index is None else index[0].num_rows,
@@ -149,10 +150,11 @@ def verify(folder: Path) -> Report:
     )
 
 
-def _plain(error: Exception, path: Path) -> str:
-    """An error's line without the path that it begins with."""
-    text = f"can't be read: {error.strerror}" if isinstance(error, OSError) else str(error).replace("\n", "; ")
-    return text.removeprefix(f"{shown(path)}: ")
+def _fault(error: Exception, path: Path) -> Fault:
+    """Of a whole file, without the path that the error's line begins with."""
+    if isinstance(error, OSError):
+        return Fault(path.name, "", f"can't be read: {error.strerror}", unread=True)
+    return Fault(path.name, "", str(error).replace("\n", "; ").removeprefix(f"{shown(path)}: "))
 
 
 def _check_shard(path: Path, kinds: Kinds | None, rows: list[dict[str, Any]]) -> tuple[Shard | None, list[Fault]]:
@@ -164,13 +166,13 @@ def _check_shard(path: Path, kinds: Kinds | None, rows: list[dict[str, Any]]) ->
     except FileNotFoundError:
         return None, [Fault(path.name, "", "missing; run `sorahpc encode` to make it")]
     except (DataError, OSError) as error:
-        faults.append(Fault(path.name, "", _plain(error, path)))
+        faults.append(_fault(error, path))
     if kinds is None:
         return None, faults
     try:
         shard = read_shard(path, *kinds)
     except DataError as error:
-        faults.append(Fault(path.name, "", _plain(error, path)))
+        faults.append(_fault(error, path))
     # Where the shard itself is whole its own table counts, and an index that says else is the one at fault.
     believed = rows if shard is None or (faults and rows) else shard.rows
     try:
@@ -178,7 +180,7 @@ def _check_shard(path: Path, kinds: Kinds | None, rows: list[dict[str, Any]]) ->
             for row in believed:
                 faults += _check_sample(file, path.name, row, kinds[1])
     except OSError as error:
-        faults.append(Fault(path.name, "", _plain(error, path)))
+        faults.append(_fault(error, path))
     return (None if faults else shard), faults
 
 
@@ -203,6 +205,9 @@ def _against_shards(
 ) -> list[Fault]:
     """Index and list of rejected clips against whole shards."""
     anew = assemble(folder, shards, kinds[1])
+    if table.schema.names != anew.table.schema.names:
+        names = (anew.table.schema.names, table.schema.names)
+        return [Fault(INDEX, "", f"columns {names[0]} by the shards, found {names[1]}")]
     faults = []
     for row, expected in zip(table.to_pylist(), anew.table.to_pylist(), strict=False):
         wrong = [f"{k} {expected[k]!r} expected, found {row[k]!r}" for k in expected if row[k] != expected[k]]
@@ -217,7 +222,7 @@ def _against_shards(
         try:
             read_index(folder, kinds[0], kinds[1])
         except DataError as error:
-            faults.append(Fault(INDEX, "", _plain(error, folder / INDEX)))
+            faults.append(_fault(error, folder / INDEX))
     try:
         rejected = json.loads((folder / REJECTED).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -237,25 +242,31 @@ def repair(folder: Path) -> dict[str, Any]:
     index from the shards that are whole.
 
     Returns:
-        before: the report of `verify`; set_aside: {old name: new name}; missing: shards that the index wanted;
-        restored: whether cache.json was; removed: `.part` files; samples: in the new index, None if no shard is whole.
+        before: the report of `verify`; set_aside: {old name: new name}; missing: shards that the index wanted, and the
+        empty caption's text; restored: whether cache.json was; removed: `.part` files; samples: in the new index, None
+        if no shard is whole.
 
     Raises:
-        DataError: as `verify`; cache.json is damaged and so is the index's copy; or shards overlap, so that only
-        `encode` knows which of them count.
+        DataError: as `verify`; a file that the system would not read, which may be whole; cache.json is lost or damaged
+        and so is the index's copy; or shards overlap, so that only `encode` knows which of them count.
     """
     before = verify(folder)
-    removed = remove_stale_parts(folder)
+    for fault in before.faults:
+        if fault.unread:
+            raise DataError(f"{shown(folder)}/{fault}; nothing was changed: see to that, and run again")
     bad = {fault.file for fault in before.faults}
     meta = None if INDEX in bad and not _loads(folder) else load_index(folder)[1]
     if restored := INFO in bad:
-        if meta is None:
+        if meta is None or not _has_kinds(folder, meta):
+            lost = "damaged" if (folder / INFO).exists() else "missing"
             raise DataError(
-                f"{shown(folder / INFO)}: damaged, and {INDEX} with its copy of it too; nothing was changed: put "
+                f"{shown(folder / INFO)}: {lost}, and {INDEX} has no good copy of it; nothing was changed: put "
                 f"{INFO} back from a backup, or encode into another folder"
             )
-        _rename_aside(folder, INFO)
+        if (folder / INFO).exists():
+            _rename_aside(folder, INFO)
         atomic_write(folder / INFO, meta["info"])
+    removed = remove_stale_parts(folder)
     names = [name for name in os.listdir(folder) if SHARD.fullmatch(name)] if meta is None else list(meta["shards"])
     names = sorted(names) if meta is None else names
     there = [name for name in names if (folder / name).exists()]
@@ -269,11 +280,21 @@ def repair(folder: Path) -> dict[str, Any]:
     return {
         "before": before.to_json(),
         "set_aside": aside,
-        "missing": [name for name in names if name not in there],
+        "missing": [name for name in names if name not in there]
+        + ([EMPTY_TEXT] if EMPTY_TEXT in bad and EMPTY_TEXT not in aside else []),
         "restored": restored,
         "removed": removed,
         "samples": None if summary is None else summary.samples,
     }
+
+
+def _has_kinds(folder: Path, meta: dict[str, Any]) -> bool:
+    """Whether the index's copy of cache.json says how to read the bytes."""
+    try:
+        check_kinds(folder, json.loads(meta["info"]))
+    except DataError:
+        return False
+    return True
 
 
 def _loads(folder: Path) -> bool:
