@@ -108,6 +108,12 @@ def test_umt5_loads_by_the_same_code(tiny: Path, tmp_path: Path) -> None:
         (lambda f: [p.unlink() for p in f.iterdir()] and f.rmdir(), "no folder"),
         (lambda f: (f / "config.json").unlink(), "config.json"),
         (lambda f: (f / "config.json").write_text('{"model_type": "bert"}'), "expected one of t5, umt5, found 'bert'"),
+        (lambda f: (f / "config.json").write_text('{"model_type": []}'), "no readable config.json with a model_type"),
+        (
+            lambda f: (f / "config.json").write_text('{"model_type": "t5", "attn_implementation": "who/kernel"}'),
+            "found 'who/kernel', code of another place",
+        ),
+        (lambda f: (f / "model.safetensors.index.json").write_text("{}"), "one of them expected"),
         (lambda f: (f / "model.safetensors").unlink(), "no model.safetensors"),
         (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "safetensors only"),
         (lambda f: (f / "model.safetensors").write_bytes(b"\x80\x04nonsense"), "doesn't load"),

@@ -35,7 +35,7 @@ from sorahpc.data.decode import ClipPlan, VideoError, decode
 from sorahpc.data.manifest import Video, shown
 from sorahpc.errors import ConfigError, Stopped
 from sorahpc.models.endpoint import Endpoint
-from sorahpc.models.text import WEIGHTS, import_transformers
+from sorahpc.models.text import WEIGHTS, import_transformers, refuse_remote_kernels
 from sorahpc.models.vae import sha256_files, weight_files
 
 log = logging.getLogger(__name__)
@@ -96,7 +96,7 @@ class LocalModel:
             kind = config["model_type"]
             if not isinstance(kind, str):
                 raise TypeError
-            _refuse_remote_kernels(config, folder)
+            refuse_remote_kernels(config, folder, "caption.path")
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             raise ConfigError(f"caption.path: no readable config.json with a model_type in {folder}") from None
         auto = import_transformers().models.auto.modeling_auto
@@ -220,21 +220,6 @@ class LocalModel:
                 f"caption.path: the chat template in {self._folder} fails on {len(frames)} frames and a question: "
                 f"{shown(first[:300])}"
             ) from error
-
-
-def _refuse_remote_kernels(config: Any, folder: Path) -> None:
-    """A config may name a repository to fetch attention code from, which no `trust_remote_code` guards."""
-    if isinstance(config, dict):
-        for key, value in config.items():
-            if str(key).endswith("_implementation") and "/" in str(value):
-                raise ConfigError(
-                    f"caption.path: {folder}/config.json: {shown(str(key))}: the name of an implementation expected, "
-                    f"found {shown(str(value))!r}, code of another place; remove it"
-                )
-            _refuse_remote_kernels(value, folder)
-    elif isinstance(config, list):
-        for value in config:
-            _refuse_remote_kernels(value, folder)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

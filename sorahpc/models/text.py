@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from sorahpc.config import TextConfig
+from sorahpc.data.manifest import shown
 from sorahpc.errors import ConfigError, SetupError
 from sorahpc.models.vae import sha256_files, weight_files
 from sorahpc.runs import atomic_write, write_json
@@ -140,6 +141,25 @@ def import_transformers() -> Any:
     return transformers
 
 
+def refuse_remote_kernels(config: Any, folder: Path, where: str) -> None:
+    """A config may name a repository to fetch attention code from, which no `trust_remote_code` guards.
+
+    Raises:
+        ConfigError: it does, anywhere in it; `where` is the dotted key of the folder.
+    """
+    if isinstance(config, dict):
+        for key, value in config.items():
+            if str(key).endswith("_implementation") and "/" in str(value):
+                raise ConfigError(
+                    f"{where}: {folder}/config.json: {shown(str(key))}: the name of an implementation expected, "
+                    f"found {shown(str(value))!r}, code of another place; remove it"
+                )
+            refuse_remote_kernels(value, folder, where)
+    elif isinstance(config, list):
+        for value in config:
+            refuse_remote_kernels(value, folder, where)
+
+
 def load_text(
     path: str | Path, max_tokens: int = 256, dtype: str = "float32", device: str | torch.device = "cpu"
 ) -> TextEncoder:
@@ -193,7 +213,11 @@ def _load(
             "tokenizer)"
         )
     try:
-        kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        kind = config["model_type"]
+        if not isinstance(kind, str):
+            raise TypeError
+        refuse_remote_kernels(config, folder, where)
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise ConfigError(f"{where}: no readable config.json with a model_type in {folder}") from None
     if kind not in classes:
