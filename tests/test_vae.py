@@ -101,6 +101,19 @@ def test_bfloat16_compute_is_near_float32_or_refused_in_one_line(cosmos: Path, t
         load_vae(cosmos, dtype="bfloat16").encode(clip)
 
 
+def test_pixels_are_rounded_to_the_dtype_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    built = build_vae("AutoencoderKLWan", WAN)
+    save_vae(built, built.module.state_dict(), tmp_path, torch.float32)
+    vae, seen = load_vae(tmp_path, dtype="bfloat16"), []
+    whole = vae.module.encode
+    monkeypatch.setattr(vae.module, "encode", lambda x: seen.append(x) or whole(x))
+    clip = noise_clip(1, 64, 64)
+    vae.encode(clip)
+    expected = (torch.from_numpy(clip).permute(3, 0, 1, 2).double() / 127.5 - 1).bfloat16()
+    assert torch.equal(seen[0][0], expected)
+
+
 def test_what_the_class_lacks_is_the_dtype_only_where_float32_would_help(
     cosmos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -161,6 +174,9 @@ class _Canary:
         (lambda f: _edit(f, _class_name=["x"]), "_class_name"),
         (lambda f: _edit(f, latent_channels=7), "doesn't load as|keys between"),
         (lambda f: _edit(f, num_layers="many"), "doesn't load as"),
+        (lambda f: _edit(f, latents_mean=["a"] * 4, latents_std=[1.0] * 4), "not that of AutoencoderKLCosmos"),
+        (lambda f: _edit(f, latents_mean=[0.0] * 4, latents_std=[0.0] * 4), "above 0, expected"),
+        (lambda f: (f / f"{WEIGHTS}.index.json").write_text("{}"), "one of them expected"),
         (_drop_a_tensor, "missing keys between config.json and weights: 1"),
         (lambda f: (f / WEIGHTS).write_bytes(b"\xff" * 100), "doesn't load as"),
         (lambda f: torch.save({"x": _Canary()}, f / WEIGHTS), "doesn't load as"),
@@ -178,6 +194,15 @@ def test_a_broken_folder_is_one_line_that_names_the_key(
         load_vae(tmp_path)
     assert str(caught.value).startswith("vae.path: ") and "\n" not in str(caught.value)
     assert not (tmp_path / "canary").exists()
+
+
+@pytest.mark.parametrize("factor", [0, None, "x"])
+def test_a_scaling_factor_that_is_none_is_one_line(tmp_path: Path, factor: object) -> None:
+    built = build_vae(*ZOO["HunyuanVideo"][:2])
+    save_vae(built, built.module.state_dict(), tmp_path, torch.float32)
+    _edit(tmp_path, scaling_factor=factor)
+    with pytest.raises(ConfigError, match=r"^vae.path: .*config.json: not that of AutoencoderKLHunyuanVideo: [^\n]*$"):
+        load_vae(tmp_path)
 
 
 def test_a_missing_folder_is_one_line_that_names_the_key() -> None:

@@ -192,6 +192,10 @@ class Vae:
         # LTX from 0.9.5 on is a denoising decoder; its own pipeline decodes at timestep 0, without noise, by default.
         self._timestep = bool(config.get("timestep_conditioning"))
         native = rule.native(module)
+        if (native and not all(bool(v.isfinite().all()) for v in native)) or (
+            native and not bool((native[1] > 0).all())
+        ):
+            raise ValueError("latents_mean, latents_std and scaling_factor: finite, and above 0, expected")
         self.native: Native = native if native and len(native[0]) in (1, self.channels) else None
         self.tiling = tiling
         if tiling is not None:
@@ -280,7 +284,8 @@ class Vae:
         places, pixels = self._cuts(self.latent_shape(*frames.shape[:3])[1:])
         with torch.inference_mode():
             x = torch.from_numpy(np.ascontiguousarray(frames)).to(self.device)
-            x = x.permute(3, 0, 1, 2).to(self.dtype) / 127.5 - 1
+            # Rounded to the dtype once: in bfloat16 a level more or less would be lost in x / 127.5, near 1.
+            x = x.permute(3, 0, 1, 2).float().div_(127.5).sub_(1).to(self.dtype)
             try:
                 return in_parts(x, pixels, places, self._encode_part).cpu().contiguous()
             except NotImplementedError as error:
@@ -359,9 +364,11 @@ def weight_files(folder: Path, name: str, where: str) -> list[Path]:
     Raises:
         ConfigError: naming `where` (the dotted key of the folder) and the file that is missing.
     """
-    if (folder / name).is_file():
-        return [folder / name]
     index = folder / f"{name}.index.json"
+    if (folder / name).is_file():
+        if index.is_file():  # diffusers would read the one, transformers the other
+            raise ConfigError(f"{where}: {folder} holds {name} and {index.name}: one of them expected; move one away")
+        return [folder / name]
     if not index.is_file():
         raise ConfigError(f"{where}: no {name} in {folder}; weights are read from safetensors only")
     weight_map = _read_json(index, where).get("weight_map")
@@ -442,7 +449,16 @@ def load_vae(
                 f"{len(info[kind])}, such as {sorted(map(str, info[kind]))[0]}"
             )
     module = module.to(device=device).eval().requires_grad_(False)
-    return Vae(module, sha256, torch_dtype, torch.device(device), tiling)
+    try:
+        return Vae(module, sha256, torch_dtype, torch.device(device), tiling)
+    except (
+        ValueError,
+        TypeError,
+        KeyError,
+        ArithmeticError,
+    ) as error:  # of values that the class itself doesn't look at
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"vae.path: {folder}/config.json: not that of {cls.__name__}: {first[:300]}") from error
 
 
 def _from_folder(cls: Any, folder: Path, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
