@@ -12,14 +12,16 @@ import numpy as np
 import pytest
 import torch
 from caches import C, D, forge, info, samples, write
+from models import write_vae
 
 from sorahpc.cli import main
 from sorahpc.data import maintenance as module
 from sorahpc.data.cache import INDEX, INFO, build_index, pin_info, plan_shards
 from sorahpc.data.latents import LatentCache
-from sorahpc.data.maintenance import list_samples, merge, repair, stats, verify
+from sorahpc.data.maintenance import list_samples, merge, repair, show, stats, verify
 from sorahpc.data.shards import EMPTY_TEXT, ShardWriter, write_empty_text
 from sorahpc.errors import ConfigError, DataError
+from sorahpc.models.vae import Vae, load_vae
 
 CORRUPTIONS = 250
 
@@ -382,3 +384,24 @@ def test_the_command_line_tells_faults_a_line_each_and_as_json_and_ends_with_4(
     assert run("verify", path)[0] == 0 and run("verify", str(tmp_path / "c"))[0] == 0
     assert json.loads(run("repair", path, "--json")[1])["set_aside"] == {}
     assert run("verify", str(tmp_path / "nowhere"))[0] == 4
+
+
+def test_a_sample_is_shown_in_the_tiles_that_it_was_encoded_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    vae = load_vae(write_vae(tmp_path / "vae"))
+    tiling = {"tile_px": 32, "overlap_px": 8, "chunk_frames": None, "overlap_frames": 1}
+    made = {**info(), "vae": {"id": vae.id, "weights_sha256": vae.weights_sha256}, "vae_dtype": "float32"}
+    row = samples(1)[0]
+    for name, tiles in (("a", tiling), ("b", {"tile_px": "all"})):
+        pin_info(tmp_path / name, {**made, "tiling": tiles})
+        write_empty_text(tmp_path / name, {"text": torch.ones(1, D)}, "float16")
+        writer = ShardWriter(tmp_path / name, "shard-" + "0" * 16 + ".h5", "float16", C, {"text": D})
+        writer.add(*row)
+        writer.commit()
+        build_index(tmp_path / name, [writer.name])
+    parts = []
+    whole = Vae._decode_part
+    monkeypatch.setattr(Vae, "_decode_part", lambda self, z: parts.append(z.shape) or whole(self, z))
+    shown = show(tmp_path / "a", row[0], tmp_path / "vae", tmp_path / "a.mp4")
+    assert len(parts) == 9 and set(parts) == {(C, 3, 4, 4)} and shown["frames"] == 9
+    with pytest.raises(DataError, match=r"fields `vae_dtype` and `tiling`: .* are not what"):
+        show(tmp_path / "b", row[0], tmp_path / "vae", tmp_path / "b.mp4")

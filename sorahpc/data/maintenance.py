@@ -19,7 +19,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 
+from sorahpc.config import VaeConfig
 from sorahpc.data.cache import (
     INDEX,
     INFO,
@@ -508,7 +510,8 @@ def show(folder: Path, key: str, vae_path: Path, out: Path) -> dict[str, Any]:
     """Decode a sample back to an mp4 file.
 
     Args:
-        vae_path: folder of the autoencoder that the cache was made with; it decodes in the dtype that it encoded in.
+        vae_path: folder of the autoencoder that the cache was made with; it decodes in the dtype that it encoded in,
+            and in the same tiles and chunks: a clip that is too large to be encoded whole is so to be decoded.
 
     Returns:
         The sample's row of `list_samples`, and path.
@@ -525,7 +528,15 @@ def show(folder: Path, key: str, vae_path: Path, out: Path) -> dict[str, Any]:
     i = cache.keys.index(key)
     latent, _ = cache.read(i)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    vae = load_vae(vae_path, cache.info.get("vae_dtype", "float32"), device)
+    vae_dtype, tiling = cache.info.get("vae_dtype", "float32"), cache.info.get("tiling")
+    try:
+        how = VaeConfig.model_validate({"path": vae_path, "dtype": vae_dtype, "tiling": tiling})
+    except ValidationError as error:
+        raise DataError(
+            f"{shown(folder / INFO)}: fields `vae_dtype` and `tiling`: {vae_dtype!r} and {tiling!r} are not what "
+            f"`encode` writes ({error.error_count()} faults); see `sorahpc cache verify`"
+        ) from None
+    vae = load_vae(how.path, how.dtype, device, how.tiling)
     check_info(folder / INFO, cache.info, {"vae": {"id": vae.id, "weights_sha256": vae.weights_sha256}})
     write_mp4(out, vae.decode(latent), float(cache.fps[i]))
     return {**list_samples(folder)[i], "path": str(out.absolute())}

@@ -192,9 +192,7 @@ class Vae:
         # LTX from 0.9.5 on is a denoising decoder; its own pipeline decodes at timestep 0, without noise, by default.
         self._timestep = bool(config.get("timestep_conditioning"))
         native = rule.native(module)
-        if (native and not all(bool(v.isfinite().all()) for v in native)) or (
-            native and not bool((native[1] > 0).all())
-        ):
+        if native and not bool((native[0].isfinite() & native[1].isfinite() & (native[1] > 0)).all()):
             raise ValueError("latents_mean, latents_std and scaling_factor: finite, and above 0, expected")
         self.native: Native = native if native and len(native[0]) in (1, self.channels) else None
         self.tiling = tiling
@@ -451,12 +449,7 @@ def load_vae(
     module = module.to(device=device).eval().requires_grad_(False)
     try:
         return Vae(module, sha256, torch_dtype, torch.device(device), tiling)
-    except (
-        ValueError,
-        TypeError,
-        KeyError,
-        ArithmeticError,
-    ) as error:  # of values that the class itself doesn't look at
+    except (ValueError, TypeError, KeyError, ArithmeticError) as error:  # values that the class doesn't look at
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError(f"vae.path: {folder}/config.json: not that of {cls.__name__}: {first[:300]}") from error
 
