@@ -139,6 +139,8 @@ def fetch(what: str, store: Path) -> dict[str, Any]:
                 f"fetch: {folder} holds revision {found.get('revision')}, not {source.revision}; delete it to replace"
             )
         return {**found, "path": str(folder / source.folders[0]), "fetched": False}
+    if folder.exists():
+        raise DataError(f"fetch: {folder} has no readable {MANIFEST}: it is not whole; delete it and fetch again")
     commit, listed = _listing(source)
     wanted = {path: stated for path, stated in listed.items() if _is_wanted(path, source)}
     own = {PurePosixPath(p).name for p in wanted if _folder(p) == source.folders[0]}
@@ -165,7 +167,14 @@ def fetch(what: str, store: Path) -> dict[str, Any]:
             os.fsync(f.fileno())
     for place in {part, *((part / path).parent for path in files)}:
         fsync_dir(place)
-    os.rename(part, folder)
+    try:
+        os.rename(part, folder)
+    except OSError:  # another fetch of the same name was first
+        found = read_json(folder / MANIFEST)
+        if found is None:
+            raise
+        shutil.rmtree(part, ignore_errors=True)
+        return {**found, "path": str(folder / source.folders[0]), "fetched": False}
     fsync_dir(store)
     return {**manifest, "path": str(folder / source.folders[0]), "fetched": True}
 

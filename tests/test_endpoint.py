@@ -178,6 +178,21 @@ def test_a_question_that_is_refused_costs_itself_only(monkeypatch: pytest.Monkey
         assert ask(server.url, key_env="MY_KEY") == ("too long, [key]", f"refused by the endpoint: status {status}")
 
 
+def test_a_server_that_refuses_every_question_is_at_fault_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(endpoint, "MAX_REFUSED", 3)
+
+    def respond(handler: Any, body: Any, n: int) -> None:
+        send(handler, *((200, completion("yes")) if n == 1 else (413, b"no images here")))
+
+    with serving(respond) as server:
+        asked = client(server.url)
+        faults = [asked.answer("q", [], **ASK)[1] for _ in range(4)]
+        assert [fault[-3:] for fault in faults] == ["413", "", "413", "413"]
+        with pytest.raises(SetupError, match=r"3 questions in a row refused .* 413: no images here; see to") as caught:
+            asked.answer("q", [], **ASK)
+    assert "\n" not in str(caught.value)
+
+
 def test_the_key_is_taken_out_of_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_KEY", KEY)
     with serving(lambda h, b, n: send(h, 200, completion(f"your key is {KEY}"))) as server:

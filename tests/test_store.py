@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import shutil
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -153,6 +156,25 @@ def test_a_name_is_fetched_once_by_an_allow_list_and_loads_by_that_name(
     (tmp_path / "wan-2.1").mkdir()  # a path stays a path
     with pytest.raises(ConfigError, match=r"^vae.path: no config.json in wan-2.1"):
         load_vae("wan-2.1")
+
+
+def test_of_two_fetches_at_once_one_is_first_and_a_folder_that_is_not_whole_is_named(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, rename = tmp_path / "store", os.rename
+
+    def late(source: Any, target: Any) -> None:
+        """The other one is through between our last file and our rename."""
+        if target == place / "wan-2.1":
+            shutil.copytree(source, target)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", late)
+    assert store.fetch("wan-2.1", place)["fetched"] is False
+    assert [p.name for p in place.iterdir()] == ["wan-2.1"] and store.verify("wan-2.1", place)
+    (place / "wan-2.1" / store.MANIFEST).write_text("{")
+    with pytest.raises(DataError, match=r"wan-2.1 has no readable manifest.json: .*delete it and fetch again"):
+        store.fetch("wan-2.1", place)
 
 
 def test_verify_names_every_file_that_is_missing_or_altered(

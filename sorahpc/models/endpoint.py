@@ -35,9 +35,11 @@ log = logging.getLogger(__name__)
 MAX_RESPONSE_BYTES = 4 << 20  # a caption has some kB; with room for a reasoning model's thoughts
 MAX_WAIT_S = 600.0  # a server that asks for more patience than this is asked again by another run
 CONNECT_S = 10.0  # to the server's first sign of life, and the longest that a stop waits for
+MAX_REFUSED = 100  # answers in a row; then it is not the questions
 FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 60.0
 JPEG_QUALITY = 90
 _SHOWN_CHARS = 200
+_REFUSED = "refused by the endpoint"
 
 
 class _Again(Exception):
@@ -75,6 +77,7 @@ class Endpoint:
             if not (self._key.isascii() and self._key.isprintable()):
                 raise SetupError(f"caption.endpoint.key_env: {config.key_env} holds characters that no API key has")
         self._tls = ssl.create_default_context() if self._https else None
+        self._refused = 0  # answers in a row
         self._stop = threading.Event()
         self._lock = threading.Lock()
         self._open: set[socket.socket] = set()
@@ -102,8 +105,8 @@ class Endpoint:
             (text, fault): the answer, and why it can't be used whatever it says, or "".
 
         Raises:
-            SetupError: no answer after `retries`, or one that no other answer will follow (a wrong key, name or
-                address, a redirect).
+            SetupError: no answer after `retries`, one that no other answer will follow (a wrong key, name or address,
+                a redirect), or MAX_REFUSED refusals in a row.
             Stopped: `stop` was called.
         """
         content: Any = prompt
@@ -117,8 +120,8 @@ class Endpoint:
         data = json.dumps(body).encode()
         for attempt in range(self._config.retries + 1):
             try:
-                status, answer = self._post(data)
-                return self._read(status, answer)
+                response, said = self._post(data)
+                return self._counted(self._read(response, said))
             except _Again as again:
                 if self._stop.is_set():
                     raise Stopped("caption: stopped while it waited for the endpoint") from None
@@ -201,7 +204,7 @@ class Endpoint:
             to = self._shown(response.getheader("Location") or "nowhere")
             raise SetupError(f"{where}: status {status}, a redirect to {to}, which is not followed; give that address")
         if status in (400, 413, 422):  # of this one question: too long for the model, or filtered
-            return said, f"refused by the endpoint: status {status}"
+            return said, f"{_REFUSED}: status {status}"
         if status != 200:
             hint = {401: "see key_env", 403: "see key_env", 404: "see url and model"}.get(status, "see url")
             raise SetupError(f"{where}: status {status} for model {shown(self._config.model)}: {said}; {hint}")
@@ -221,6 +224,20 @@ class Endpoint:
         if finish == "length":
             return text, "cut: it reached max_new_tokens"
         return text, "refusal: content filter" if finish == "content_filter" else ""
+
+    def _counted(self, answer: tuple[str, str]) -> tuple[str, str]:
+        """The answer, unless the endpoint has refused too many questions in a row: a body or a parameter that it never
+        takes would cost every clip its caption."""
+        said, fault = answer
+        with self._lock:
+            self._refused = self._refused + 1 if fault.startswith(_REFUSED) else 0
+            if self._refused < MAX_REFUSED:
+                return answer
+        raise SetupError(
+            f"caption.endpoint: {self._config.url}: {self._refused} questions in a row {fault}: {self._shown(said)}; "
+            "see to the server or the section; the clips that it refused are in the folder of the captions, with that "
+            "reason: delete them there to have them asked again"
+        )
 
     def _without_key(self, text: str) -> str:
         return text.replace(self._key, "[key]") if self._key else text
