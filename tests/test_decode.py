@@ -438,6 +438,20 @@ def test_a_variable_rate_is_followed(tmp_path: Path) -> None:
     assert numbers(decode(path, at(64, 64, 0, 0.04, 0.5, 0.999, 1.0, 1.8, 2.0, 2.51))) == [0, 1, 2, 3, 3, 4, 5, 6]
 
 
+def test_an_avi_with_reordered_frames_shows_each_at_its_time(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "a.avi", numbered(30), fps=25, options={"bf": "3"})
+    assert numbers(decode(path, at(64, 64, *(i / 25 for i in range(30))))) == list(range(30))
+
+
+def test_frames_whose_times_go_back_are_refused_and_not_shown_in_another_order(tmp_path: Path) -> None:
+    parts = [write_video(tmp_path / f"{i}.ts", numbered(20), fps=25, codec="mpeg2video") for i in range(2)]
+    path = tmp_path / "a.ts"
+    path.write_bytes(b"".join(p.read_bytes() for p in parts))
+    assert numbers(decode(path, at(64, 64, 0, 0.4))) == [0, 10]
+    with pytest.raises(VideoError, match=r"out of order: frame 20 at .* s comes after one at .* s$"):
+        decode(path, at(64, 64, 0, 0.4, 0.9))
+
+
 def test_times_count_from_the_first_frame_wherever_the_file_begins(tmp_path: Path) -> None:
     times = [Fraction(5) + Fraction(i, 8) for i in range(9)]
     path = write_video(tmp_path / "a.mkv", numbered(9), times=times, options={"bf": "0"})

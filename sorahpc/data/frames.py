@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import errno
 import functools
-import itertools
 import math
 import os
 import struct
@@ -290,24 +289,44 @@ def decode(file: IO[bytes], plan: ClipPlan, clip: np.ndarray) -> None:
 
 
 def _presented(container: Any, stream: Any) -> Iterator[tuple[Any, float, float]]:
-    """Decoded frames, each with when it comes on screen, from the first one, and how long it stays, in seconds."""
+    """Decoded frames, each with when it comes on screen, from the first one, and how long it stays, in seconds.
+
+    A decoder gives frames in the order in which they are shown. Raises Unusable where their times are in another.
+    """
     rate = stream.average_rate or stream.guessed_rate
     step_s = float(1 / rate) if rate else 0.0
     start_s = None
     time_s = -step_s
-    frames = container.decode(stream)
-    for count in itertools.count():
-        try:
-            frame = next(frames, None)
-        except av.FFmpegError as error:
-            raise Unusable(f"corrupt: after {count} frames: {_ffmpeg_words(error)}") from None
-        if frame is None:
-            return
+    # An AVI says only when a frame is decoded, one after the other. FFmpeg guesses the rest, and of H.264 with B-frames
+    # wrongly: so the k-th frame that is shown has the time of the k-th packet.
+    decoding_times: deque[int | None] | None = deque() if container.format.name == "avi" else None
+    for count, frame in enumerate(_decoded(container, stream, decoding_times)):
         if frame.is_corrupt:
             raise Unusable(f"corrupt: frame {count} has errors")
-        time_s = time_s + step_s if frame.pts is None else float(frame.pts * frame.time_base)
+        at = frame.pts
+        if decoding_times is not None:
+            at = decoding_times.popleft() if decoding_times else None
+        before_s, time_s = time_s, time_s + step_s if at is None else float(at * stream.time_base)
         start_s = time_s if start_s is None else start_s
+        if count and time_s < before_s:
+            if time_s < before_s - max(step_s, TIME_TOLERANCE_S):
+                raise Unusable(f"out of order: frame {count} at {time_s:.3f} s comes after one at {before_s:.3f} s")
+            time_s = before_s
         yield frame, time_s - start_s, float(frame.duration * frame.time_base) if frame.duration else step_s
+
+
+def _decoded(container: Any, stream: Any, decoding_times: deque[int | None] | None) -> Iterator[Any]:
+    """Frames; `decoding_times` gets that of each packet before its frames are given. Raises Unusable."""
+    count = 0
+    try:
+        for packet in container.demux(stream):
+            if decoding_times is not None and packet.size:
+                decoding_times.append(packet.dts)
+            for frame in packet.decode():
+                count += 1
+                yield frame
+    except av.FFmpegError as error:
+        raise Unusable(f"corrupt: after {count} frames: {_ffmpeg_words(error)}") from None
 
 
 def _deinterlaced(presented: Iterator[tuple[Any, float, float]]) -> Iterator[tuple[Any, float, float]]:
