@@ -117,6 +117,49 @@ class GangResources(Section):
         return self.nodes * self.tasks_per_node
 
 
+class ScenesConfig(Section):
+    """How videos are cut into scenes, each a clip of its own."""
+
+    threshold: float = Field(
+        27.0, gt=0, le=255, description="content score from frame to frame that is a cut, as PySceneDetect measures it"
+    )
+    min_s: float = Field(1.0, ge=0.1, le=3600, description="a shorter scene is left out")
+
+
+class FiltersConfig(Section):
+    """Which clips are left out. None: all stay. Changing them costs no decoding."""
+
+    min_side_px: int | None = Field(None, ge=1, description="smaller of width and height")
+    min_duration_s: float | None = Field(None, gt=0)
+    max_duration_s: float | None = Field(None, gt=0)
+    max_black: float | None = Field(None, ge=0, le=1, description="share of black pixels")
+    min_motion: float | None = Field(
+        None, gt=0, le=255, description="mean change of luma in a quarter second, of 255 levels"
+    )
+    max_motion: float | None = Field(None, gt=0, le=255)
+    max_static: float | None = Field(None, ge=0, lt=1, description="share of quarter seconds in which nothing moves")
+    near_duplicate_bits: int | None = Field(
+        None,
+        ge=0,
+        le=23,
+        description="clips whose hashes differ in at most so many of 192 bits are one: the first stays",
+    )
+
+    @property
+    def needs_measures(self) -> list[str]:
+        """Of those that are set, the ones that need pictures."""
+        fields = ("max_black", "min_motion", "max_motion", "max_static", "near_duplicate_bits")
+        return [field for field in fields if getattr(self, field) is not None]
+
+    @model_validator(mode="after")
+    def _order(self) -> FiltersConfig:
+        for low, high in (("min_duration_s", "max_duration_s"), ("min_motion", "max_motion")):
+            least, most = getattr(self, low), getattr(self, high)
+            if least is not None and most is not None and least > most:
+                raise ValueError(f"{low}: at most {high} = {most:g}, not {least:g}")
+        return self
+
+
 class PrepareConfig(Section):
     """Folder of videos -> manifest."""
 
@@ -124,17 +167,23 @@ class PrepareConfig(Section):
     captions: ConfigPath | None = Field(
         None, description="JSONL or CSV with `path` (relative to videos) and `caption`; None: a .txt beside each video"
     )
+    measure: bool = Field(
+        True, description="decode each video once, small, to measure it; false: its packets are read, not its pictures"
+    )
+    scenes: ScenesConfig | None = Field(None, description="cut videos into scenes; None: a video is one clip")
+    filters: FiltersConfig = FiltersConfig()
     resources: ArrayResources = ArrayResources()
 
     @model_validator(mode="after")
-    def _one_task(self) -> PrepareConfig:
-        if self.resources.tasks != 1:
-            raise ValueError("resources.tasks: 1 (one manifest has one writer)")
+    def _measured(self) -> PrepareConfig:
+        needs = ["scenes"] * (self.scenes is not None) + [f"filters.{name}" for name in self.filters.needs_measures]
+        if needs and not self.measure:
+            raise ValueError(f"measure: true, which {needs[0]} needs")
         return self
 
 
 class ClipConfig(Section):
-    """How a video becomes a clip: cut from its start, resampled in time, scaled to an area with its aspect kept."""
+    """How a clip is taken: from the start of a video or scene, resampled in time, scaled with its aspect kept."""
 
     fps: float = Field(8.0, gt=0, le=240, description="frames a second after resampling by presentation time")
     max_frames: int = Field(17, ge=1, description="longest clip; rounded down to what the VAE takes (4k+1)")

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sorahpc.data.manifest import Video, read_manifest, shown, write_manifest
+from sorahpc.data.manifest import Video, read_manifest, read_rows, shown, write_manifest
 from sorahpc.errors import DataError
 
 OK = Video(
@@ -25,6 +25,27 @@ def test_what_is_written_is_read_in_its_order(tmp_path: Path) -> None:
     write_manifest(tmp_path / "m.parquet", [])
     assert read_manifest(tmp_path / "m.parquet") == []
     assert pq.read_table(tmp_path / "new" / "m.parquet").num_rows == 3  # plain Parquet for every other tool
+
+
+def test_a_manifest_of_version_1_is_read_as_whole_videos_that_were_not_measured(tmp_path: Path) -> None:
+    path = tmp_path / "m.parquet"
+    write_manifest(path, [OK, BAD])
+    table = pq.read_table(path).drop_columns(["start_s", "end_s", "luma", "black", "motion", "static", "hash"])
+    pq.write_table(table.replace_schema_metadata({"sorahpc.manifest": "1"}), path)
+    assert read_manifest(path) == [OK, BAD] and not OK.measured and (OK.start_s, OK.end_s) == (0, OK.duration_s)
+
+
+def test_measures_and_how_they_were_made_are_kept(tmp_path: Path) -> None:
+    path = tmp_path / "m.parquet"
+    scene = dataclasses.replace(
+        OK, start_s=2.5, luma=101.5, black=0.25, motion=3.5, static=0.0, hash="0123456789abcdef" * 3
+    )
+    write_manifest(path, [scene, BAD, OK], {"scenes": None, "finished": True})
+    with pytest.raises(DataError, match="is also that of row 0"):
+        read_manifest(path)
+    assert read_rows(path) == ([scene, BAD, OK], {"scenes": None, "finished": True})
+    table = pq.read_table(path)
+    assert table["end_s"].to_pylist() == [3.625, 0, 1.125] and table["black"].to_pylist() == [0.25, None, None]
 
 
 def altered(tmp_path: Path, **columns: object) -> Path:
@@ -47,6 +68,8 @@ def altered(tmp_path: Path, **columns: object) -> Path:
         ({"path": pa.array(["/a", None])}, "column `path` has 1 empty values"),
         ({"status": pa.array(["ok", "maybe"])}, "row 1: status `ok` or `rejected` expected, found 'maybe'"),
         ({"key": pa.array(["../../etc/passwd", ""])}, "row 0: key: 16 hex digits expected"),
+        ({"hash": pa.array([None, "../etc"])}, "row 1: hash: 48 hex digits expected"),
+        ({"start_s": pa.array([0.0, None])}, "column `start_s` has 1 empty values"),
         (
             {"key": pa.array([OK.key] * 2), "status": pa.array(["ok"] * 2)},
             "row 1: key 0123456789abcdef is also that of row 0",
@@ -81,10 +104,10 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
 
 def test_another_version_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "m.parquet"
-    for metadata, found in [(None, "none"), ({"sorahpc.manifest": "2"}, "2")]:
+    for metadata, found in [(None, "none"), ({"sorahpc.manifest": "3"}, "3")]:
         write_manifest(path, [OK])
         pq.write_table(pq.read_table(path).replace_schema_metadata(metadata), path)
-        with pytest.raises(DataError, match=f"manifest version 1 expected, found {found}"):
+        with pytest.raises(DataError, match=f"manifest version 2 expected, found {found}"):
             read_manifest(path)
 
 

@@ -115,12 +115,13 @@ def test_the_script_is_pure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["caption", "encode", "train", "sample", "profile"])
+@pytest.mark.parametrize("name", ["prepare", "caption", "encode", "train", "sample", "profile"])
 def test_the_shipped_sbatch_script_makes_the_same_request(name: str) -> None:
     shipped = (tiny.ROOT / "slurm" / f"{name}.sbatch").read_text()
     mine = options(shipped)
     gang = {"tasks_per_node": 1, "nodes": 2}
     sections: dict[str, Any] = {
+        "prepare": {"videos": "videos", "resources": {"tasks": 4}},
         "caption": {"path": "llm", "resources": {"tasks": 4}},
         "encode": {"resources": {"tasks": 4}},
         "train": {**tiny.config_data()["train"], "resources": gang},

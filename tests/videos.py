@@ -103,6 +103,17 @@ def cut(source: Path, path: Path, share: float) -> Path:
     return path
 
 
+def late_damage(folder: Path) -> bytes:
+    """An mp4 whose packets are all there, but whose last third can't be decoded."""
+    rng = np.random.default_rng(0)
+    frames = rng.integers(0, 256, (48, 64, 64, 3), dtype=np.uint8)
+    data = bytearray(write_video(folder / "damaged.mp4", frames, options={"g": "8"}).read_bytes())
+    begin, end = data.index(b"mdat") + 4, data.index(b"moov") - 4
+    for at in range(begin + (end - begin) * 2 // 3, end - 64, 512):
+        data[at : at + 64] = bytes(64)
+    return bytes(data)
+
+
 def claim_matrix(path: Path, matrix: tuple[int, int, int, int]) -> None:
     """Overwrite (a, b, c, d) of the video track's display matrix, as a phone writes it for a turned picture."""
     data = bytearray(path.read_bytes())

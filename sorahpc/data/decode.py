@@ -14,13 +14,14 @@ import math
 import os
 import stat
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
-from sorahpc.config import ClipConfig
-from sorahpc.data import isolate
+from sorahpc.config import ClipConfig, ScenesConfig
+from sorahpc.data import isolate, measures
 from sorahpc.data.frames import TIME_TOLERANCE_S
 from sorahpc.data.frames import ClipPlan as ClipPlan
 from sorahpc.data.frames import Probe as Probe
@@ -89,9 +90,9 @@ def plan_clip(
 ) -> ClipPlan:
     """Choose the frames and the size of a video's clip.
 
-    Frames: from the start, one every 1 / clip.fps seconds as long as the video lasts, at most clip.max_frames, then as
-    many as the VAE takes and the patch divides. A video with fewer frames a second than clip.fps repeats frames; its
-    motion keeps its speed.
+    Frames: from the start of the scene, one every 1 / clip.fps seconds as long as it lasts, at most clip.max_frames,
+    then as many as the VAE takes and the patch divides. A video with fewer frames a second than clip.fps repeats
+    frames; its motion keeps its speed.
 
     Size: height and width are multiples of stride x patch, their product at most clip.max_area_px, and neither exceeds
     the video's: nothing is scaled up, since that adds tokens and no detail. Among these the one that keeps most of the
@@ -139,7 +140,7 @@ def plan_clip(
             height, width = _plan_size(video, area, unit_h, unit_w)
             if height * width < least:
                 continue
-        return ClipPlan(tuple(i / clip.fps for i in range(num_frames)), height, width)
+        return ClipPlan(tuple(video.start_s + i / clip.fps for i in range(num_frames)), height, width)
     raise VideoError(
         video.path,
         f"too many tokens: over clip.max_tokens={clip.max_tokens} with clip.min_frames={clip.min_frames} "
@@ -201,6 +202,36 @@ def probe(path: Path | str) -> Probe:
         deadline_s = PATIENCE_S + os.fstat(file.fileno()).st_size / PROBE_BYTES_PER_S
         answer, _ = _ask(path, {"what": "probe"}, file, deadline_s)
     return Probe(**answer["found"])
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What decoding a whole file has told."""
+
+    clips: np.ndarray  # measures.CLIP [N]: its clips, in their order
+    frames: int  # of the file
+    too_short: int  # scenes that are shorter than a clip may be
+
+
+def measure(path: Path | str, found: Probe, scenes: ScenesConfig | None) -> Measured:
+    """Decode a file through at a low resolution, find its scenes, and measure each of them.
+
+    Args:
+        found: what `probe` said of it.
+        scenes: how to cut it; None: it is one clip.
+
+    Raises:
+        VideoError: it is corrupt at any place, crashed the decoder, took too long or needed too much memory.
+        SetupError: the decoder's process can't be started.
+    """
+    height, width = measures.size_of(found.height, found.width)
+    most = 1 if scenes is None else math.ceil(found.duration_s / scenes.min_s) + 8
+    request = {"what": "measure", "height": height, "width": width, "most": most}
+    request |= {"threshold": scenes and scenes.threshold, "min_s": scenes.min_s if scenes else 0.0}
+    deadline_s = PATIENCE_S + DECODE_S_PER_S * found.duration_s
+    with open_regular(path) as file:
+        answer, written = _ask(path, request, file, deadline_s, most * measures.CLIP.itemsize)
+    return Measured(written.view(measures.CLIP)[: answer["clips"]], answer["frames"], answer["too_short"])
 
 
 def decode(path: Path | str, plan: ClipPlan) -> np.ndarray:

@@ -35,9 +35,13 @@ from av.video.reformatter import (
     VideoReformatter,
 )
 
+from sorahpc.data import measures
+
 MAX_PIXELS = 8192 * 8192  # a frame; twice 8K. A header may claim any size, and the decoder would allocate it
 MAX_FRAMES = 10_000_000  # a file; 4 days at 30 fps
 TIME_TOLERANCE_S = 1e-3  # containers round times, Matroska to 1 ms
+SEEK_FROM_S = 5.0  # a clip that begins later is read from a key frame; for less, decoding all is as fast
+_BEFORE_S = 1.0  # so much before it: a frame that is deinterlaced depends on those beside it
 
 _DEMUXERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,ogg,asf,mxf"
 # FFmpeg has over 250 video decoders, and its holes are in those that nobody uses. These are what cameras, phones,
@@ -60,6 +64,7 @@ _MAX_CLIPPED = 1e-3  # such a pixel is up to 30 levels off
 _DALI_BYTES = 256 << 20  # of frames that are held at a time
 # Chroma interpolated instead of repeated: half the error at hard edges, for a tenth of the time.
 _INTERPOLATION = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
+_SMALL = Interpolation.AREA  # of pictures that are only measured
 
 
 class Unusable(Exception):
@@ -247,6 +252,44 @@ def _display_size(frame: Any, stream: Any) -> tuple[float, float]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# measuring
+
+
+def measure(file: IO[bytes], height: int, width: int, scenes: measures.Scenes) -> np.ndarray:
+    """Decode a file through, from its first frame to its last, and measure its clips.
+
+    Args:
+        height, width: of the pictures that are measured, upright.
+        scenes: how it is cut; afterwards it knows how many frames and short scenes there were.
+
+    Returns:
+        CLIP [N].
+
+    Raises:
+        Unusable: it is corrupt at any place. MemoryError.
+    """
+    plan = ClipPlan((), height, width)
+    with _opened(file) as (container, stream):
+        reformatter = VideoReformatter()
+
+        def show(frame: Any, begins_s: float, until_s: float) -> None:
+            def picture() -> np.ndarray:
+                return _pixels(frame, _turn(frame), stream, plan, reformatter, _SMALL)
+
+            scenes.add(functools.cache(picture), begins_s, until_s)
+
+        on_screen, shown_s, lasts_s = None, 0.0, 0.0
+        for frame, begins_s, length_s in _presented(container, stream):
+            if on_screen is not None:
+                show(on_screen, shown_s, begins_s)
+            on_screen, shown_s, lasts_s = frame, begins_s, length_s
+        if on_screen is None:
+            raise Unusable("no frames: nothing could be decoded")
+        show(on_screen, shown_s, shown_s + lasts_s)
+    return scenes.end()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # decoding
 
 
@@ -262,6 +305,15 @@ def decode(file: IO[bytes], plan: ClipPlan, clip: np.ndarray) -> None:
     Raises:
         Unusable: the file can't be read, is corrupt, or ends before the plan does. MemoryError.
     """
+    if plan.times_s[0] >= SEEK_FROM_S:
+        try:
+            return _decode(file, plan, clip, from_key_frame=True)
+        except Unusable:
+            pass  # no times, no index, or a wrong one: read from the beginning, the file shows whether it is sound
+    _decode(file, plan, clip, from_key_frame=False)
+
+
+def _decode(file: IO[bytes], plan: ClipPlan, clip: np.ndarray, *, from_key_frame: bool) -> None:
     times_s = np.asarray(plan.times_s)
     done = count = 0
     on_screen, ends_s = None, 0.0
@@ -275,7 +327,10 @@ def decode(file: IO[bytes], plan: ClipPlan, clip: np.ndarray) -> None:
                 clip[done:last] = _pixels(frame, _turn(frame), stream, plan, reformatter)
             return max(done, last)
 
-        for frame, begins_s, length_s in _deinterlaced(_presented(container, stream)):
+        frames = (
+            _presented_from(container, stream, plan.times_s[0]) if from_key_frame else _presented(container, stream)
+        )
+        for frame, begins_s, length_s in _deinterlaced(frames):
             if on_screen is not None:
                 done = show(on_screen, begins_s)
                 if done == len(times_s):
@@ -288,14 +343,16 @@ def decode(file: IO[bytes], plan: ClipPlan, clip: np.ndarray) -> None:
         raise Unusable(f"truncated: ends at {ends_s:.3f} s after {count} frames, the clip needs {times_s[done]:.3f} s")
 
 
-def _presented(container: Any, stream: Any) -> Iterator[tuple[Any, float, float]]:
+def _presented(container: Any, stream: Any, start_s: float | None = None) -> Iterator[tuple[Any, float, float]]:
     """Decoded frames, each with when it comes on screen, from the first one, and how long it stays, in seconds.
+
+    start_s: when the first one comes on screen, where decoding begins at another.
 
     A decoder gives frames in the order in which they are shown. Raises Unusable where their times are in another.
     """
     rate = stream.average_rate or stream.guessed_rate
     step_s = float(1 / rate) if rate else 0.0
-    start_s = None
+    timed = start_s is not None
     time_s = -step_s
     # An AVI says only when a frame is decoded, one after the other. FFmpeg guesses the rest, and of H.264 with B-frames
     # wrongly: so the k-th frame that is shown has the time of the k-th packet.
@@ -304,6 +361,8 @@ def _presented(container: Any, stream: Any) -> Iterator[tuple[Any, float, float]
         if frame.is_corrupt:
             raise Unusable(f"corrupt: frame {count} has errors")
         at = frame.pts
+        if timed and at is None:
+            raise Unusable(f"untimed: frame {count} says no time")
         if decoding_times is not None:
             at = decoding_times.popleft() if decoding_times else None
         before_s, time_s = time_s, time_s + step_s if at is None else float(at * stream.time_base)
@@ -327,6 +386,27 @@ def _decoded(container: Any, stream: Any, decoding_times: deque[int | None] | No
                 yield frame
     except av.FFmpegError as error:
         raise Unusable(f"corrupt: after {count} frames: {_ffmpeg_words(error)}") from None
+
+
+def _presented_from(container: Any, stream: Any, from_s: float) -> Iterator[tuple[Any, float, float]]:
+    """As `_presented`, from the last key frame at or before a time on: a scene late in a film is not read from the
+    film's beginning. Raises Unusable where such a frame is not found."""
+    try:
+        first = next(container.decode(stream), None)
+        if first is None or first.pts is None or container.format.name == "avi":
+            raise Unusable("untimed: the first frame says no time, or it is an AVI, which is timed by counting")
+        start_s = float(first.pts * first.time_base)
+        container.seek(int((start_s + from_s - _BEFORE_S) / stream.time_base), stream=stream)
+    except (av.FFmpegError, OverflowError) as error:
+        raise Unusable(f"can't seek: {error}") from None
+    found = False
+    for frame, begins_s, length_s in _presented(container, stream, start_s):
+        if not found and begins_s > from_s + TIME_TOLERANCE_S:
+            raise Unusable(f"can't seek: no key frame before {from_s:.3f} s")
+        # What is shown before the key frame may refer to frames that were not read.
+        found = found or frame.key_frame
+        if found:
+            yield frame, begins_s, length_s
 
 
 def _deinterlaced(presented: Iterator[tuple[Any, float, float]]) -> Iterator[tuple[Any, float, float]]:
@@ -530,7 +610,12 @@ def _turn(frame: Any) -> tuple[int, bool]:
 
 
 def _pixels(
-    frame: Any, turn: tuple[int, bool], stream: Any, plan: ClipPlan, reformatter: VideoReformatter
+    frame: Any,
+    turn: tuple[int, bool],
+    stream: Any,
+    plan: ClipPlan,
+    reformatter: VideoReformatter,
+    how: int = _INTERPOLATION,
 ) -> np.ndarray:
     """uint8 [H, W, 3] of the plan's size: scaled to cover, cropped in the middle, upright. Raises Unusable."""
     quarters, mirrored = turn
@@ -550,7 +635,7 @@ def _pixels(
             format="rgb48le" if unusual else "rgb24",
             src_colorspace=colorspace,
             dst_color_range=ColorRange.JPEG,
-            interpolation=_INTERPOLATION,
+            interpolation=how,
             threads=1,
         ).to_ndarray()
     except av.FFmpegError as error:
@@ -569,11 +654,13 @@ def _pixels(
 
 
 def serve(request: dict[str, Any], file: IO[bytes], memory: Any) -> dict[str, Any]:
-    """What `sorahpc.data.isolate` hands through to a child: `what` is "probe" or "decode".
+    """What `sorahpc.data.isolate` hands through to a child: `what` is "probe", "measure" or "decode".
 
     Returns:
-        for JSON: {"found": fields of Probe}; {"done": True, "by": who decoded, "refusal": why it was not DALI} with the
-        pixels at the start of `memory`; or {"unusable": reason}, with "trace" for an exception that nobody foresaw.
+        for JSON: {"found": fields of Probe}; {"done": True, "clips": N, "frames": of the video, "too_short": scenes
+        that were left out} with CLIP [N] at the start of `memory`; {"done": True, "by": who decoded, "refusal": why it
+        was not DALI} with the pixels at the start of `memory`; or {"unusable": reason}, with "trace" for an exception
+        that nobody foresaw.
 
     Raises:
         MemoryError.
@@ -581,6 +668,13 @@ def serve(request: dict[str, Any], file: IO[bytes], memory: Any) -> dict[str, An
     try:
         if request["what"] == "probe":
             return {"found": asdict(probe(file))}
+        if request["what"] == "measure":
+            scenes = measures.Scenes(request["threshold"], request["min_s"])
+            clips = measure(file, request["height"], request["width"], scenes)
+            if len(clips) > request["most"]:
+                raise Unusable(f"too many scenes: {len(clips)}, more than its length allows")
+            np.frombuffer(memory, measures.CLIP, len(clips))[:] = clips
+            return {"done": True, "clips": len(clips), "frames": scenes.frames, "too_short": scenes.too_short}
         plan = ClipPlan(tuple(request["times_s"]), request["height"], request["width"])
         shape = (len(plan.times_s), plan.height, plan.width, 3)
         clip = np.frombuffer(memory, np.uint8, math.prod(shape)).reshape(shape)

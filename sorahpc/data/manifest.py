@@ -1,18 +1,21 @@
-"""The manifest: one row a video, what was found in it, and whether it can be used.
+"""The manifest: one row a clip, a video or a scene of one; what was found in it, and whether it can be used.
 
-A Parquet file with a schema version in its metadata. Rows keep their places over reruns; rejected videos stay in it
-with their reason, so that nothing is left out in silence.
+A Parquet file with a schema version in its metadata. Rows keep their places over reruns; rejected clips stay in it with
+their reason, so that nothing is left out in silence.
+
+Version 1 knew neither scenes nor measures; it is read as whole videos that were not measured.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import io
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,34 +25,52 @@ from sorahpc.runs import atomic_write
 
 MANIFEST = "manifest.parquet"  # its name in the run folder
 REJECTED = "rejected.json"  # what encode could not use, in the cache; named here since the cache's module needs torch
-_VERSION_KEY, _VERSION = b"sorahpc.manifest", b"1"
-_KEY = re.compile(r"[0-9a-f]{16}")
+_VERSION_KEY, _VERSION, _FIRST_VERSION = b"sorahpc.manifest", b"2", b"1"
+_MADE_KEY = b"sorahpc.prepare"
+_KEY, _HASH = re.compile(r"[0-9a-f]{16}"), re.compile(r"[0-9a-f]{48}")
 
 
 @dataclass(frozen=True)
 class Video:
-    """One row. Of a rejected video only `path`, `status` and `reason` are sure to say something."""
+    """One row. Of a rejected one only `path`, `status` and `reason` are sure to say something."""
 
-    key: str  # 16 hex digits of sha256(file bytes, caption); "" where the file could not be read
+    # 16 hex digits of sha256(file bytes, caption), of a scene also of its start and end; "" if the file can't be read
+    key: str
     path: str  # absolute
     caption: str
-    frames: int  # frames that the file presents, counted
+    frames: int  # frames that the clip presents, counted
     fps: float  # average; 0 for a single picture without duration
     width: int  # as displayed: after rotation, in square pixels
     height: int
     codec: str
-    duration_s: float  # from the first presentation time to the end of the last frame
+    duration_s: float  # from the clip's first presentation time to the end of its last frame
     size_bytes: int  # -1 where there is no file
     mtime_ns: int  # with size_bytes: whether the file is the one that was probed
     status: Literal["ok", "rejected"]
     reason: str  # "" if ok; else `kind` or `kind: detail`
+    start_s: float = 0.0  # where the clip begins in the file, from its first frame; 0 for a whole video
+    # As measured (sorahpc.data.measures) on small pictures, four a second; None where nothing was.
+    luma: float | None = None  # mean brightness, 0 to 255
+    black: float | None = None  # share of black pixels: 1 for a black clip, 0.25 for one with bars above and below
+    motion: float | None = None  # mean absolute change of luma, of 255 levels, from a picture to that 1/4 s later
+    static: float | None = None  # share of these steps in which nothing moves
+    hash: str | None = None  # 48 hex digits: perceptual hashes, of 64 bits each, of the middles of its thirds
+
+    @property
+    def end_s(self) -> float:
+        """Where the clip ends in the file, from its first frame."""
+        return self.start_s + self.duration_s
+
+    @property
+    def measured(self) -> bool:
+        return self.hash is not None
 
     @property
     def ok(self) -> bool:
         return self.status == "ok"
 
 
-_TYPES = {
+_FIRST_TYPES = {
     "key": pa.string(),
     "path": pa.string(),
     "caption": pa.string(),
@@ -64,9 +85,20 @@ _TYPES = {
     "status": pa.string(),
     "reason": pa.string(),
 }
-_SCHEMA = pa.schema(
-    [pa.field(name, kind, nullable=False) for name, kind in _TYPES.items()], metadata={_VERSION_KEY: _VERSION}
-)
+_MEASURES = {
+    "luma": pa.float64(),
+    "black": pa.float64(),
+    "motion": pa.float64(),
+    "static": pa.float64(),
+    "hash": pa.string(),
+}
+_TYPES = {
+    **_FIRST_TYPES,
+    "start_s": pa.float64(),
+    "end_s": pa.float64(),  # for others who read it: it follows from the start and the duration
+    **_MEASURES,
+}
+_SCHEMA = pa.schema([pa.field(name, kind, nullable=name in _MEASURES) for name, kind in _TYPES.items()])
 
 
 def shown(path: Path | str) -> str:
@@ -74,15 +106,20 @@ def shown(path: Path | str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "replace").decode() for c in str(path))
 
 
-def write_manifest(path: Path, videos: Sequence[Video]) -> None:
+def write_manifest(path: Path, videos: Sequence[Video], made: Mapping[str, Any] | None = None) -> None:
     """Write a manifest; the file appears whole or not at all.
+
+    Args:
+        made: how prepare made it, for its next run.
 
     Raises:
         DataError: it can't be written.
     """
     columns = {name: [getattr(v, name) for v in videos] for name in _TYPES}
+    told = {_MADE_KEY: json.dumps(made).encode()} if made is not None else {}
     buffer = io.BytesIO()
-    pq.write_table(pa.table(columns, schema=_SCHEMA), buffer, compression="zstd")
+    table = pa.table(columns, schema=_SCHEMA.with_metadata({_VERSION_KEY: _VERSION, **told}))
+    pq.write_table(table, buffer, compression="zstd")
     try:
         atomic_write(path, buffer.getvalue())
     except OSError as error:
@@ -95,6 +132,22 @@ def read_manifest(path: Path) -> list[Video]:
     Raises:
         DataError: it is missing, unreadable, of another version, or a column or row is not what it must be.
     """
+    name = shown(path)
+    videos, _ = read_rows(path)
+    seen: dict[str, int] = {}
+    for i, video in enumerate(videos):
+        if not video.ok:
+            continue
+        if video.key in seen:
+            raise DataError(
+                f"{name}: row {i}: key {video.key} is also that of row {seen[video.key]}; expected one of each"
+            )
+        seen[video.key] = i
+    return videos
+
+
+def read_rows(path: Path) -> tuple[list[Video], dict[str, Any]]:
+    """As `read_manifest`, also of a part of one, in which a clip may come twice; and how prepare made it."""
     name = shown(path)
     if not path.exists():
         raise DataError(f"{name}: no such manifest; run `sorahpc prepare` first")
@@ -110,36 +163,38 @@ def read_manifest(path: Path) -> list[Video]:
         raise DataError(
             f"{name}: not a whole Parquet file: {first}; delete it and run `sorahpc prepare` again"
         ) from None
-    version = (table.schema.metadata or {}).get(_VERSION_KEY)
-    if version != _VERSION:
+    metadata = table.schema.metadata or {}
+    version = metadata.get(_VERSION_KEY)
+    if version not in (_VERSION, _FIRST_VERSION):
         found = "none" if version is None else version.decode(errors="replace")
         raise DataError(
             f"{name}: manifest version {_VERSION.decode()} expected, found {found}; "
             "delete it and run `sorahpc prepare` again"
         )
-    for column, kind in _TYPES.items():
+    types = _TYPES if version == _VERSION else _FIRST_TYPES
+    for column, kind in types.items():
         if column not in table.schema.names:
             raise DataError(f"{name}: column `{column}` is missing; delete it and run `sorahpc prepare` again")
         if table.schema.field(column).type != kind:
             raise DataError(f"{name}: column `{column}` is {table.schema.field(column).type}, expected {kind}")
-        if table.column(column).null_count:
+        if table.column(column).null_count and column not in _MEASURES:
             raise DataError(
                 f"{name}: column `{column}` has {table.column(column).null_count} empty values, expected none"
             )
-    fields = [f.name for f in dataclasses.fields(Video)]
+    fields = [f.name for f in dataclasses.fields(Video) if f.name in types]
     columns = [table.column(f).to_pylist() for f in fields]
     videos = [Video(*row) for row in zip(*columns, strict=True)]
-    seen: dict[str, int] = {}
     for i, video in enumerate(videos):
         if video.status not in ("ok", "rejected"):
             raise DataError(f"{name}: row {i}: status `ok` or `rejected` expected, found {video.status!r}")
-        if not video.ok:
-            continue
-        if not _KEY.fullmatch(video.key):
+        if video.ok and not _KEY.fullmatch(video.key):
             raise DataError(f"{name}: row {i}: key: 16 hex digits expected, found {video.key!r}")
-        if video.key in seen:
-            raise DataError(
-                f"{name}: row {i}: key {video.key} is also that of row {seen[video.key]}; expected one of each"
-            )
-        seen[video.key] = i
-    return videos
+        if video.hash and not _HASH.fullmatch(video.hash):
+            raise DataError(f"{name}: row {i}: hash: 48 hex digits expected, found {video.hash!r}")
+    try:
+        made = json.loads(metadata.get(_MADE_KEY, b"{}"))
+    except (ValueError, RecursionError):
+        made = None
+    if not isinstance(made, dict):
+        raise DataError(f"{name}: its note of how it was made is not JSON; delete it and run `sorahpc prepare` again")
+    return videos, made

@@ -1,8 +1,14 @@
 """prepare: a folder of videos with captions becomes a manifest.
 
-Every video gets a row, usable or not. A bad file costs its own row and nothing else. What was probed is not probed
-again: a row stands as long as the file's size and time of change, and its caption, are the same. Rows keep their
-places; new videos are appended in the order of their paths; videos that are gone stay as rejected rows.
+Every clip gets a row, usable or not: a video, or with `prepare.scenes` each of its scenes. A bad file costs its own row
+and nothing else. Each video is read through by its packets, then decoded once, small, and measured. What was looked at
+is not looked at again: its rows stand as long as the file's size and time of change are the same, and the way scenes
+are cut. Filters are applied to the rows, and cost no decoding. Rows keep their places; new ones are appended in the
+order of their paths; videos that are gone stay as rejected rows.
+
+An array of independent tasks. Which task a video belongs to follows from its path; each writes what it found as a part
+of the manifest into ``<run>/prepare/``, and whoever finds all parts finished writes the manifest from them. It does not
+depend on the number of tasks.
 
 Captions come from a .txt of the same name beside each video, or from a JSONL or CSV file with `path` and `caption`.
 White space and control characters in a caption become single spaces; it is cut at 10,000 characters.
@@ -20,15 +26,16 @@ import os
 import time
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sorahpc.config import Config
-from sorahpc.data.decode import VideoError, open_regular, probe
-from sorahpc.data.manifest import MANIFEST, Video, read_manifest, shown, write_manifest
+from sorahpc.config import Config, PrepareConfig
+from sorahpc.data.decode import Probe, VideoError, measure, open_regular, probe
+from sorahpc.data.filters import filtered, lifted
+from sorahpc.data.manifest import MANIFEST, Video, read_rows, shown, write_manifest
 from sorahpc.errors import DataError, SoraHPCError, Stopped
 from sorahpc.runs import Task
 
@@ -43,8 +50,11 @@ MAX_CAPTION_FILE_BYTES = 1 << 20
 MAX_NAMED_IN_LOG = 200
 PARTIAL_EVERY_S = 60.0
 
+PARTS = "prepare"  # folder of the parts in the run folder
 GONE = "file is gone: not in the videos folder any more"
+NOT_CUT_SO = "not a clip: its video is cut otherwise now"
 _DUPLICATE = "duplicate: "
+_NO_SCENE = "no scene: "
 # Reasons that may pass while the file stays as it is. That it crashed the decoder or needs too much memory does not.
 _NOT_FINAL = ("can't read", "changed", "unexpected", "took longer", "decoder killed", GONE)
 
@@ -59,12 +69,13 @@ class _Found:
 
 
 def run(config: Config, task: Task) -> None:
-    """Write ``<run>/manifest.parquet`` from ``prepare.videos``. Run again, it looks only at what is new or changed.
+    """Look at this task's videos, and write ``<run>/manifest.parquet`` if all tasks' parts are there. Run again, it
+    looks only at what is new or changed.
 
     Raises:
         ConfigError: the section `prepare` is missing.
         DataError: no folder of videos, a captions file that can't be read, or not one usable video.
-        Stopped: asked to; what was probed so far is kept for the next run.
+        Stopped: asked to; what was found so far is kept for the next run.
     """
     config.need("prepare")
     section = config.prepare
@@ -73,56 +84,137 @@ def run(config: Config, task: Task) -> None:
     if not root.is_dir():
         raise DataError(f"prepare.videos: {shown(root)}: no such folder; expected a folder of video files")
     captions = _read_captions(section.captions, root) if section.captions else None
-    found = list(_look(root, captions, section.captions))
+    found = list(_look(root, captions, section.captions, task))
+    cut_by = section.scenes.model_dump(mode="json") if section.scenes else None
+    manifest, folder = config.run_dir / MANIFEST, config.run_dir / PARTS
+    known = _known(manifest, folder, cut_by)
+    part = folder / _part_name(task)
+    rows = {f.path: known[f.path] for f in found if f.path in known}  # of earlier runs, until it is looked at again
 
-    manifest, partial = config.run_dir / MANIFEST, config.run_dir / f"partial-{MANIFEST}"
-    rows = {v.path: v for v in read_manifest(manifest)} if manifest.exists() else {}
-    rows.update({v.path: v for v in read_manifest(partial)} if partial.exists() else {})  # of a run that was stopped
-    present = {f.path for f in found}
-    for path, row in rows.items():
-        if path not in present:
-            rows[path] = dataclasses.replace(row, status="rejected", reason=GONE)
+    def write_part(finished: bool) -> None:
+        made = {"scenes": cut_by, "finished": finished}
+        write_manifest(part, [row for path in sorted(rows) for row in rows[path]], made)
 
-    kept = num_rejected = 0
+    write_part(False)
+    task.report(0, len(found), "video")
+    kept = 0
     saved = time.monotonic()
-    with ThreadPoolExecutor(
-        section.resources.cpus_per_task
-    ) as pool:  # hashing releases the GIL; each has a decoder of its own
-        done = pool.map(lambda f: _look_at(f, rows.get(f.path)), found)
+    # Hashing releases the GIL; each has a decoder of its own.
+    with ThreadPoolExecutor(section.resources.cpus_per_task) as pool:
+        done = pool.map(lambda f: _look_at(f, known.get(f.path, []), section), found)
         try:
-            for i, (row, was_kept) in enumerate(done):
-                rows[row.path] = row
+            num_rejected = 0
+            for i, (looked_at, was_kept) in enumerate(done):
+                rows[found[i].path] = looked_at
                 kept += was_kept
-                num_rejected += not row.ok
+                num_rejected += sum(not row.ok for row in looked_at)
                 task.report(i + 1, len(found), "video", rejected=num_rejected)
                 if task.stop_requested():
-                    write_manifest(partial, list(rows.values()))
+                    write_part(False)
                     raise Stopped(f"prepare: stopped after {i + 1} of {len(found)} videos; run again to go on")
                 if time.monotonic() - saved > PARTIAL_EVERY_S:
-                    write_manifest(partial, list(rows.values()))
+                    write_part(False)
                     saved = time.monotonic()
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-
-    videos = _one_of_each(list(rows.values()))
-    _tell(videos, root, kept)
-    num_rejected = sum(not v.ok for v in videos)  # with duplicates, and videos that are gone
-    task.report(len(found), len(found), "video", rejected=num_rejected)
+    write_part(True)
+    log.info("%d videos of this task, %d of them unchanged since the last run", len(found), kept)
+    parts = _all_parts(folder, task.world_size)
+    if parts is None:
+        log.info("other tasks still have videos to look at; the last task writes the manifest")
+        return
+    old = read_rows(manifest)[0] if manifest.exists() else []
+    videos = filtered(_one_of_each(_in_place(old, parts)), section.filters)
+    _tell(videos, root)
+    # With duplicates, filtered clips, and videos that are gone.
+    task.report(len(found), len(found), "video", rejected=sum(not v.ok for v in videos))
     if not any(v.ok for v in videos):
         raise DataError(_nothing_usable(videos, root))
-    write_manifest(manifest, videos)
-    partial.unlink(missing_ok=True)
+    write_manifest(manifest, videos, {"scenes": cut_by})
+    for stale in set(folder.glob("*.parquet")) - {folder / _part_name(task, k) for k in range(task.world_size)}:
+        stale.unlink(missing_ok=True)  # of a run with another number of tasks
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# parts
+
+
+def _part_name(task: Task, rank: int | None = None) -> str:
+    return f"{task.rank if rank is None else rank:05d}-of-{task.world_size:05d}.parquet"
+
+
+def _by_path(videos: Iterable[Video]) -> dict[str, list[Video]]:
+    rows: dict[str, list[Video]] = {}
+    for video in videos:
+        rows.setdefault(video.path, []).append(video)
+    return rows
+
+
+def _known(manifest: Path, folder: Path, cut_by: dict[str, Any] | None) -> dict[str, list[Video]]:
+    """What earlier runs, finished or not, found in each file, as it was before filters. Of videos that were cut in
+    another way only what was wrong with the file."""
+    known: dict[str, list[Video]] = {}
+    # Parts are newer than the manifest, or as old. The oldest first: of a file the last word counts.
+    parts = sorted(folder.glob("*.parquet"), key=lambda path: path.stat().st_mtime_ns)
+    for path in [*([manifest] if manifest.exists() else []), *parts]:
+        videos, made = read_rows(path)
+        for name, rows in _by_path(videos).items():
+            rows = [lifted(row) for row in rows if row.reason not in (GONE, NOT_CUT_SO)]
+            of_the_file = all(row.frames == 0 and not row.reason.startswith(_NO_SCENE) for row in rows)
+            if rows and (made.get("scenes") == cut_by or of_the_file):
+                known[name] = rows
+    return known
+
+
+def _all_parts(folder: Path, count: int) -> dict[str, list[Video]] | None:
+    """The clips of each file, as all tasks found them; None if one of them has not finished."""
+    # A listing, not a look-up of each name: on NFS a name that was missing a moment ago is remembered as missing.
+    there = {name for name in os.listdir(folder) if name.endswith(f"-of-{count:05d}.parquet")}
+    if len(there) < count:
+        return None
+    rows: dict[str, list[Video]] = {}
+    for name in sorted(there):
+        videos, made = read_rows(folder / name)
+        if not made.get("finished"):
+            return None
+        rows.update(_by_path(videos))
+    return rows
+
+
+def _in_place(old: list[Video], found: dict[str, list[Video]]) -> list[Video]:
+    """The rows of a manifest with what was found now in their places, then what is new by path."""
+    seen: Counter[str] = Counter()
+    out = []
+    for row in old:
+        clips, number = found.get(row.path), seen[row.path]
+        seen[row.path] += 1
+        if clips is None:
+            out.append(dataclasses.replace(row, status="rejected", reason=GONE))
+        elif number < len(clips):
+            out.append(clips[number])
+        else:
+            out.append(dataclasses.replace(row, status="rejected", reason=NOT_CUT_SO))
+    for path in sorted(found):
+        out += found[path][seen[path] :]
+    return out
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # looking for videos
 
 
-def _look(root: Path, captions: dict[str, _Found] | None, captions_file: Path | None) -> Iterator[_Found]:
-    """Every video of the folder, in the order of paths, then rows of the captions file that name no file in it."""
-    left = dict(captions or {})
-    for path in _video_files(root, also=set(left)):
+def _look(root: Path, captions: dict[str, _Found] | None, captions_file: Path | None, task: Task) -> Iterator[_Found]:
+    """This task's videos of the folder, in the order of paths, then rows of the captions file that name no file."""
+
+    def mine(path: str) -> bool:
+        # By its name, and not by its number: another file that comes meanwhile changes no other's task. By a real hash:
+        # crc32 is linear, and sends files that are numbered to one task.
+        digest = hashlib.blake2b(path.encode(errors="backslashreplace"), digest_size=8).digest()
+        return int.from_bytes(digest, "big") % task.world_size == task.rank
+
+    left = {path: entry for path, entry in (captions or {}).items() if mine(path)}
+    for path in filter(mine, _video_files(root, also=set(left))):
         try:
             path.encode()
         except UnicodeEncodeError:
@@ -279,48 +371,100 @@ def _csv_rows(text: str, name: str) -> Iterator[tuple[int, dict[str, Any]]]:
 # probing
 
 
-def _look_at(found: _Found, old: Video | None) -> tuple[Video, bool]:
-    """The row of a video, and whether the old one was kept."""
+def _look_at(found: _Found, old: list[Video], section: PrepareConfig) -> tuple[list[Video], bool]:
+    """The rows of a video, and whether the old ones were kept."""
     size = mtime = -1
     try:
         status = os.stat(found.path)
         size, mtime = status.st_size, status.st_mtime_ns
     except (OSError, ValueError):
         pass  # gone, dangling, no permission, no such name: opening it below says which
-    # A row without a caption was never probed, so equal captions mean that this file was, with this one.
-    if old is not None and (old.size_bytes, old.mtime_ns, old.caption) == (size, mtime, found.caption) and size >= 0:
-        if old.reason.startswith(_DUPLICATE):
-            return dataclasses.replace(old, status="ok", reason=""), True  # the first of them may be gone by now
-        if old.ok or not old.reason.startswith(_NOT_FINAL):
-            return old, True
+    old = [_single(row) for row in old]
+    # A row without a caption was never looked at, so with an equal one this file was.
+    same = size >= 0 and bool(old) and all((v.size_bytes, v.mtime_ns) == (size, mtime) for v in old)
+    stands = same and all(
+        v.measured or not section.measure if v.ok else not v.reason.startswith(_NOT_FINAL) for v in old
+    )
+    if stands and all(v.caption == found.caption for v in old):
+        return old, True
     row = Video("", found.path, found.caption, 0, 0.0, 0, 0, "", 0.0, size, mtime, "rejected", found.reason)
     if found.reason:
-        return row, False
+        return [row], False
     try:
-        key = _key(found.path, found.caption)
-        row = dataclasses.replace(row, key=key)
+        digest = _digest(found.path)
+        row = dataclasses.replace(row, key=_key(digest, found.caption))
+        if stands and all(v.ok for v in old):  # another caption, for the same pictures
+            return [_with_caption(v, digest, found.caption) for v in old], False
         video = probe(found.path)
+        clips = _clips(row, digest, video, section)
         after = os.stat(found.path)
     except VideoError as error:
-        return dataclasses.replace(row, reason=error.reason), False
+        return [dataclasses.replace(row, reason=error.reason)], False
     except OSError as error:
-        return dataclasses.replace(row, reason=f"can't read: {error.strerror}"), False
+        return [dataclasses.replace(row, reason=f"can't read: {error.strerror}")], False
     except SoraHPCError:
         raise  # no decoder on this machine: no fault of the file
     except Exception as error:  # a hole in our handling of broken files; it must not cost the other videos
-        log.exception("%s: unexpected while probing", shown(found.path))
-        return dataclasses.replace(row, reason=f"unexpected: {type(error).__name__}: {error}"), False
+        log.exception("%s: unexpected while looking at it", shown(found.path))
+        return [dataclasses.replace(row, reason=f"unexpected: {type(error).__name__}: {error}")], False
     if (after.st_size, after.st_mtime_ns) != (size, mtime):
-        return dataclasses.replace(row, reason="changed while it was read: run again"), False
-    return dataclasses.replace(row, **dataclasses.asdict(video), status="ok"), False
+        return [dataclasses.replace(row, reason="changed while it was read: run again")], False
+    return clips, False
 
 
-def _key(path: str, caption: str) -> str:
+def _single(video: Video) -> Video:
+    """A row as it was before duplicates were looked for: the first of them may be gone by now."""
+    return dataclasses.replace(video, status="ok", reason="") if video.reason.startswith(_DUPLICATE) else video
+
+
+def _with_caption(video: Video, digest: hashlib._Hash, caption: str) -> Video:
+    whole = video.key == _key(digest, video.caption)
+    key = _key(digest, caption) if whole else _key(digest, caption, video.start_s, video.end_s)
+    return dataclasses.replace(video, key=key, caption=caption)
+
+
+def _clips(row: Video, digest: hashlib._Hash, video: Probe, section: PrepareConfig) -> list[Video]:
+    """The clips of a file that can be read, measured if that is wished. Raises VideoError."""
+    row = dataclasses.replace(row, **dataclasses.asdict(video), status="ok")
+    if not section.measure:
+        return [row]
+    found = measure(row.path, video, section.scenes)
+    if found.too_short:
+        assert section.scenes is not None
+        told = (
+            f"{found.too_short} scene{'s' * (found.too_short > 1)} under prepare.scenes.min_s={section.scenes.min_s:g}"
+        )
+        log.info("%s: %d clips; left out: %s", shown(row.path), len(found.clips), told)
+        if not len(found.clips):
+            raise VideoError(row.path, f"{_NO_SCENE}{told}, and no other")
+    clips = []
+    for clip in found.clips:
+        frames, start_s, end_s = int(clip["frames"]), float(clip["start_s"]), float(clip["end_s"])
+        measures: dict[str, Any] = {name: float(clip[name]) for name in ("luma", "black", "motion", "static")}
+        scene = dataclasses.replace(row, **measures, hash="".join(f"{int(h):016x}" for h in clip["hash"]))
+        if frames != found.frames:  # else it is the whole video, of which probing knows more
+            duration_s = end_s - start_s
+            fps = frames / duration_s if duration_s > 0 else 0.0
+            key = _key(digest, row.caption, start_s, end_s)
+            scene = dataclasses.replace(scene, key=key, frames=frames, fps=fps, duration_s=duration_s, start_s=start_s)
+        clips.append(scene)
+    return clips
+
+
+def _digest(path: str) -> hashlib._Hash:
     digest = hashlib.sha256()
     with open_regular(path) as file:
         while block := file.read(1 << 20):
             digest.update(block)
+    return digest
+
+
+def _key(digest: hashlib._Hash, caption: str, start_s: float | None = None, end_s: float | None = None) -> str:
+    """Of a whole video without times: as it was when there were no scenes, so that caches of then stay right."""
+    digest = digest.copy()
     digest.update(caption.encode())
+    if start_s is not None:
+        digest.update(f"\0{start_s:.6f}\0{end_s:.6f}".encode())
     return digest.hexdigest()[:16]
 
 
@@ -340,18 +484,17 @@ def _one_of_each(videos: list[Video]) -> list[Video]:
 # telling
 
 
-def _tell(videos: list[Video], root: Path, kept: int) -> None:
+def _tell(videos: list[Video], root: Path) -> None:
     rejected = [v for v in videos if not v.ok]
     for video in rejected[:MAX_NAMED_IN_LOG]:
         log.warning("rejected %s: %s", shown(os.path.relpath(video.path, root)), shown(video.reason))
     if len(rejected) > MAX_NAMED_IN_LOG:
         log.warning("... and %d more; the manifest names each with its reason", len(rejected) - MAX_NAMED_IN_LOG)
     log.info(
-        "prepare: %d ok, %d rejected%s; %d unchanged since the last run",
+        "prepare: %d ok, %d rejected%s",
         len(videos) - len(rejected),
         len(rejected),
         f" ({_by_kind(rejected)})" if rejected else "",
-        kept,
     )
 
 

@@ -252,7 +252,7 @@ def clip_question(config: Config, captioner: Captioner, video: Video) -> Questio
         count = section.frames if span_s > 0 else 1
         scale = min(1.0, math.sqrt(section.frame_area_px / (video.height * video.width)))
         height, width = (max(1, int(side * scale)) for side in (video.height, video.width))
-        plan = ClipPlan(tuple((i + 0.5) * span_s / count for i in range(count)), height, width)
+        plan = ClipPlan(tuple(video.start_s + (i + 0.5) * span_s / count for i in range(count)), height, width)
     return _question(section, captioner, video.key, video.caption, instruction_of(section), video.path, plan)
 
 
