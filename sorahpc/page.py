@@ -28,6 +28,17 @@ def fact_table(facts: Sequence[tuple[str, str]]) -> str:
     return f'<table class="facts">{rows}</table>'
 
 
+def bar_table(bars: Sequence[tuple[str, int]]) -> str:
+    """A table of (label, count), each with a bar as long as its share of the largest."""
+    most = max((count for _, count in bars), default=0) or 1
+    rows = "".join(
+        f'<tr><th scope="row">{esc(label)}</th><td>{count:,}</td><td class="wide"><div class="bar">'
+        f'<span style="width:{count / most * 100:.1f}%"></span></div></td></tr>'
+        for label, count in bars
+    )
+    return f'<table class="time">{rows}</table>'
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Charts
 

@@ -23,7 +23,7 @@ from sorahpc.data.manifest import Video
 from sorahpc.data.mp4 import write_mp4
 from sorahpc.data.toyworld import COLOURS, SIZES_PX, render, scene_of
 from sorahpc.errors import ConfigError
-from sorahpc.models.vae import CLASSES, WEIGHTS, Vae, build_vae, load_vae, save_vae
+from sorahpc.models.vae import CLASSES, WEIGHTS, Vae, build_vae, load_vae, read_rule, save_vae
 from sorahpc.runs import Task
 
 
@@ -48,6 +48,7 @@ def test_each_class_round_trips_by_its_own_rule_and_cuts_nothing_silently(name: 
     save_vae(built, built.module.state_dict(), tmp_path, torch.float32)
     vae = load_vae(tmp_path)
     assert (vae.id, vae.stride, vae.channels) == (cls, stride, 4) and len(vae.weights_sha256) == 64
+    assert read_rule(tmp_path) == (vae.stride, vae.lengths)
     assert [vae.floor_frames(n) for n in (1, unit, unit + 1, 2 * unit)] == [1, 1, unit + 1, unit + 1]
     frames, height, width = unit + 1, 64, 96
     z = vae.encode(noise_clip(frames, height, width))

@@ -454,6 +454,29 @@ def load_vae(
         raise ConfigError(f"vae.path: {folder}/config.json: not that of {cls.__name__}: {first[:300]}") from error
 
 
+def read_rule(path: str | Path, where: str = "vae.path") -> tuple[tuple[int, int, int], Lengths]:
+    """Stride (t, h, w) and clip lengths of an autoencoder, from its config.json alone: no weights are read.
+
+    Raises:
+        ConfigError: no such folder or file, a class that is not known here, or a config that is not that class's.
+        SetupError: a name that isn't in the store.
+    """
+    path = resolve(Path(path), "vae", where)
+    folder = path.parent if path.is_file() else path
+    config = _read_json(folder / "config.json", where)
+    published = config.get("model_type") == PUBLISHED
+    name = OpenSoraVae.__name__ if published else config.get("_class_name")
+    if not isinstance(name, str) or name not in _RULES:
+        raise ConfigError(f"{where}: {folder}/config.json: _class_name: expected one of {', '.join(CLASSES)}")
+    try:
+        config = published_arch(config) if published else config
+        temporal, spatial = (int(stride) for stride in _RULES[name].stride(config))
+        lengths = Lengths(temporal, int(_RULES[name].frames_unit(temporal)), _RULES[name].restart(config))
+    except (ValueError, TypeError, KeyError, ArithmeticError) as error:
+        raise ConfigError(f"{where}: {folder}/config.json: not that of {name}: {error!r}") from None
+    return (temporal, spatial, spatial), lengths
+
+
 def _from_folder(cls: Any, folder: Path, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
     module, info = cls.from_pretrained(
         str(folder),
