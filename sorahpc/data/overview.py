@@ -82,7 +82,9 @@ def _distribution(values: Sequence[float]) -> dict[str, Any]:
     for value in ordered:
         width = edges[1] - edges[0]
         counts[min(len(counts) - 1, max(0, math.floor((value - edges[0]) / width + 1e-9)))] += 1
-    bins = [{"from": a, "to": b, "count": n} for a, b, n in zip(edges, edges[1:], counts, strict=False)]
+    there = [i for i, count in enumerate(counts) if count]  # none below the least: no share is negative
+    every = list(zip(edges, edges[1:], counts, strict=False))[there[0] : there[-1] + 1]
+    bins = [{"from": a, "to": b, "count": n} for a, b, n in every]
     return {
         "min": ordered[0], "p10": at(0.1), "median": at(0.5), "mean": statistics.fmean(ordered), "p90": at(0.9),
         "max": ordered[-1], "bins": bins,
