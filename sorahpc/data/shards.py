@@ -23,12 +23,13 @@ import math
 import os
 import re
 import socket
+import struct
 import time
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -49,6 +50,7 @@ _SEAL = re.compile(rb"sorahpc crc32 ([0-9a-f]{8})\r\n")  # \r\n: a transfer as t
 SEAL_BYTES = 24
 _MAX_SAMPLES = 1 << 20  # a shard; more is not ours
 KEY = re.compile(r"[0-9a-f]{16}")
+_STORED = {"float16": np.dtype("<f2"), "bfloat16": np.dtype("<u2")}
 _ONE = ("clip_pooled", DETAILED + "clip_pooled")  # of the whole caption: one row each
 
 
@@ -413,6 +415,36 @@ def pieces(row: Mapping[str, Any], dims: Mapping[str, int]) -> list[tuple[str, i
     return [("latent", row["latent_offset"], nbytes, row["latent_crc32"]), *texts]
 
 
+# What a value of a dataset of texts is: bytes in an object of a heap, by their number, the heap's place in the file and
+# the object's index.
+_OBJECT = struct.Struct("<H6xQ")  # the head of an object: index, bytes
+_PLACE = np.dtype([("length", "<u4"), ("heap", "<u8"), ("index", "<u4")])
+
+
+def _heap_objects(file: IO[bytes], at: int, most: int) -> tuple[dict[int, bytes], int]:
+    """The objects of a global heap collection, by index, and its bytes (HDF5 File Format Specification, III.E).
+
+    Not by HDF5, which goes round for ever where a flipped bit makes an object's size wrong (2.0; inside a call that
+    nothing can end). Raises ValueError: it is no such collection, or has more than `most` bytes.
+    """
+    file.seek(at)
+    head = file.read(16)
+    size = int.from_bytes(head[8:], "little")
+    if head[:4] != b"GCOL" or not 16 <= size <= most:
+        raise ValueError(f"no heap of texts at byte {at}")
+    data = file.read(size - 16)
+    objects, place = {}, 0
+    while place + 16 <= len(data):
+        index, length = _OBJECT.unpack_from(data, place)
+        if index == 0:  # what is left is free
+            break
+        objects[index] = data[place + 16 : place + 16 + length]
+        if len(objects[index]) < length:
+            raise ValueError(f"a text of the heap at byte {at} ends after it")
+        place += 16 + (length + 7) // 8 * 8
+    return objects, size
+
+
 def _own_dataset(file: Any, name: str) -> Any:
     """A dataset whose values lie in this file; None if there is none of that name. HDF5 can point into any other file,
     by links, virtual datasets and external storage."""
@@ -454,9 +486,12 @@ def read_shard(path: Path, channels: int, dims: Mapping[str, int], dtype: str) -
             file.seek(max(size, 0))
             need(size >= 0 and _SEAL.fullmatch(file.read()), "no seal at its end: the file was cut, or damaged there")
         with h5py.File(path, "r", locking=False) as f:
-            need(f.attrs.get("sorahpc_cache") == VERSION, f"not a shard of cache version {VERSION}")
-            found = f.attrs.get("torch_dtype")
-            need(found == dtype, f"torch_dtype: expected {dtype}, found {found!r}")
+            # No attribute or value that is a text is read through HDF5: see _heap_objects.
+            mark = f.attrs.get_id("sorahpc_cache") if "sorahpc_cache" in f.attrs else None
+            number = mark is not None and mark.dtype.kind == "i" and mark.shape == ()
+            need(number and f.attrs["sorahpc_cache"] == VERSION, f"not a shard of cache version {VERSION}")
+            kind_of = _STORED[dtype]
+            need(f.id.get_create_plist().get_sizes() == (8, 8), "addresses of 8 bytes expected")
 
             def column(name: str, shape: tuple[int | None, ...], kind: str) -> np.ndarray:
                 data = _own_dataset(f, name)
@@ -476,15 +511,23 @@ def read_shard(path: Path, channels: int, dims: Mapping[str, int], dtype: str) -
                     data.ndim == 1 and data.size <= _MAX_SAMPLES and count in (None, data.size) and data.chunks is None,
                     f"`{name}`: {data.shape}",
                 )
-                if data.size:
-                    # Each value is 16 bytes: its length and where it lies. Many may lie in one place, and would fill
-                    # any memory.
-                    with open(path, "rb") as file:
-                        file.seek(data.id.get_offset() or 0)
-                        lengths = np.frombuffer(file.read(16 * data.size), "<u4")[::4]
-                    fits = len(lengths) == data.size and int(lengths.sum(dtype=np.int64)) <= size
-                    need(fits and f.id.get_create_plist().get_sizes() == (8, 8), f"`{name}`: longer than the file")
-                return [bytes(v)[: 8 * MAX_CAPTION_CHARS].decode("utf-8", "replace") for v in data[()]]
+                if not data.size:
+                    return []
+                with open(path, "rb") as file:
+                    file.seek(data.id.get_offset() or 0)
+                    places = np.frombuffer(file.read(_PLACE.itemsize * data.size), _PLACE)
+                    need(len(places) == data.size, f"`{name}`: ends after the file")
+                    need(int(places["length"].sum(dtype=np.int64)) <= size, f"`{name}`: longer than the file")
+                    heaps, left = dict[int, dict[int, bytes]](), size
+                    found = []
+                    for length, heap, index in places.tolist():
+                        if length and heap not in heaps:
+                            heaps[heap], used = _heap_objects(file, heap, left)
+                            left -= used
+                        value = heaps[heap].get(index, b"") if length else b""
+                        need(len(value) >= length, f"`{name}`: a text has no bytes in the file")
+                        found.append(value[:length])
+                return [v[: 8 * MAX_CAPTION_CHARS].decode("utf-8", "replace") for v in found]
 
             keys = [k.decode("ascii", "replace") for k in column("keys", (None,), "S16")]
             n = len(keys)
@@ -522,8 +565,8 @@ def read_shard(path: Path, channels: int, dims: Mapping[str, int], dtype: str) -
                     text = _own_dataset(f, name)
                     fits = text is not None and text.shape == (int(bounds[-1]), dim)
                     need(fits, f"`{name}`: wrong shape")
-                    plain = text.dtype.itemsize == 2 and text.chunks is None
-                    need(plain, f"`{name}`: two bytes a value, contiguous, expected")
+                    plain = text.dtype == kind_of and text.chunks is None
+                    need(plain, f"`{name}`: {dtype}, contiguous, expected, found {text.dtype}")
                     found_at = text.id.get_offset()
                     need(found_at is not None, f"`{name}`: has no bytes in the file")
                     at = int(found_at)
@@ -536,7 +579,8 @@ def read_shard(path: Path, channels: int, dims: Mapping[str, int], dtype: str) -
                 data = _own_dataset(f, "latents/" + "x".join(map(str, shape)))
                 need(data is not None and data.shape[1:] == shape, f"latents of {shape}: missing")
                 plain = data.chunks == (1, *shape) and data.id.get_create_plist().get_nfilters() == 0
-                need(plain and data.dtype.itemsize == 2, f"latents of {shape}: one unfiltered sample a chunk expected")
+                fits = plain and data.dtype == kind_of
+                need(fits, f"latents of {shape}: {dtype}, one unfiltered sample a chunk, expected, found {data.dtype}")
                 chunks: list[Any] = []
                 data.id.chunk_iter(chunks.append)
                 tables[shape] = {
@@ -584,7 +628,7 @@ def read_empty_text(folder: Path, dims: Mapping[str, int], dtype: str) -> dict[s
             for name, dim in dims.items():
                 data = _own_dataset(f, name)
                 fits = data is not None and data.ndim == 2 and data.shape[1] == dim and 1 <= data.shape[0]
-                if not fits or data.dtype.itemsize != 2 or 2 * data.size > size:
+                if not fits or data.dtype != _STORED[dtype] or 2 * data.size > size:
                     found = "none" if data is None else f"{data.shape} {data.dtype}"
                     raise ValueError(f"`{name}`: [L,{dim}] of two bytes a value expected, found {found}")
                 out[name] = from_bits(np.ascontiguousarray(data[()]).tobytes(), dtype).view(-1, dim)
