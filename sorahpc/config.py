@@ -310,10 +310,10 @@ class EncodeConfig(Section):
         "pyav",
         description="dali: what DALI can't read is left to PyAV; auto: dali where it is installed and CUDA is there",
     )
-    clips_per_shard: int = Field(
-        64, ge=1, description="rows of the manifest a shard; a killed task loses at most one shard's work"
+    clips_per_shard: int = Field(64, ge=1, description="rows of the manifest a shard: what a task claims at a time")
+    resources: ArrayResources = Field(
+        ArrayResources(), description="tasks: how many are started; more may join while they run, and any may go"
     )
-    resources: ArrayResources = ArrayResources()
 
 
 class TrainVaeConfig(Section):

@@ -67,6 +67,12 @@ def test_the_place_comes_from_slurm_then_from_the_local_launcher(
     assert (place.rank, place.world_size, place.local_rank, place.restart) == expected
 
 
+def test_tasks_that_claim_their_work_may_join_from_an_array_with_other_indices() -> None:
+    env = {"SLURM_PROCID": "0", "SLURM_ARRAY_TASK_ID": "9", "SLURM_ARRAY_TASK_COUNT": "2", "SLURM_ARRAY_JOB_ID": "7"}
+    place = Place.of(env, "array", joined=True)
+    assert (place.rank, place.world_size, place.launch) == (9, 2, "slurm:7")
+
+
 @pytest.mark.parametrize(
     ("env", "kind", "message"),
     [

@@ -125,7 +125,7 @@ def job_status(folder: JobFolder, queue: dict[str, dict[str, Any]] | None) -> di
         state = "failed"
     elif "running" in states and not (slurm and queue is not None):
         state = "running"
-    elif states.count("done") == expected:
+    elif states.count("done") >= expected:  # more than expected where others joined
         state = "done"
     elif launch.get("cancelled"):
         state = "cancelled"

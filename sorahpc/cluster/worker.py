@@ -37,6 +37,8 @@ from sorahpc.runs import JobFolder, Task, read_state, write_json
 
 MAX_STUCK_RESTARTS = 3
 FIRST_PORT, NUM_PORTS = 10_000, 20_000  # below Linux' ephemeral ports (32768 up)
+# Jobs whose tasks claim what they do: more of them, of another launch too, may join those that run.
+JOINED = ("encode",)
 
 log = logging.getLogger("sorahpc.cluster.worker")  # __name__ is __main__ in a task
 
@@ -109,11 +111,12 @@ class Place:
     launch: str = ""  # the same for all tasks and restarts of a launch
 
     @classmethod
-    def of(cls, env: Mapping[str, str], kind: str) -> Place:
+    def of(cls, env: Mapping[str, str], kind: str, joined: bool = False) -> Place:
         """Read Slurm's variables, else those of the local launcher; one task where there are neither.
 
         An array job numbers its tasks over the elements of the Slurm array and the tasks of each. A gang lives inside
-        one Slurm job: an array of gangs has no meaning.
+        one Slurm job: an array of gangs has no meaning. Only of a job that may be joined has the array other indices
+        than 0 to N-1: those of an array that is there are 0 to N-1.
         """
 
         def get(name: str, default: int) -> int:
@@ -132,7 +135,7 @@ class Place:
                 index, count = get("SLURM_ARRAY_TASK_ID", 0), get("SLURM_ARRAY_TASK_COUNT", 1)
                 if kind == "gang":
                     raise SetupError("--array: a gang runs in one Slurm job; submit it without --array")
-                if index >= count:
+                if index >= count and not joined:
                     raise SetupError(
                         f"--array: expected indices 0 to N-1, found index {index} among {count}; submit the whole "
                         "array again (tasks that are done end at once)"
@@ -147,7 +150,7 @@ class Place:
         else:
             launch = env.get("SORAHPC_LAUNCH", launch)
             place = cls(get("RANK", 0), get("WORLD_SIZE", 1), get("LOCAL_RANK", 0), 0, launch)
-        if place.rank >= place.world_size:
+        if place.rank >= place.world_size and not joined:
             raise SetupError(f"RANK: expected less than the world size {place.world_size}, found {place.rank}")
         return place
 
@@ -304,7 +307,7 @@ def execute(spec: Spec, config: Config, place: Place, stop: Callable[[], bool], 
                     f"{wanted.world_size} ranks expected, {place.world_size} were started"
                 )
             if writer:
-                if other := other_launch(folder, place):
+                if spec.job not in JOINED and (other := other_launch(folder, place)):
                     raise lease.refuse(other)
                 lease.acquire()
                 held = True
@@ -386,7 +389,7 @@ def main(argv: list[str] | None = None) -> int:
         nsight.note()
         if len(argv) == 2 and argv[0] == "--spec":
             spec = Spec.read(Path(argv[1]))
-            place = Place.of(os.environ, spec.kind)
+            place = Place.of(os.environ, spec.kind, spec.job in JOINED)
             task = Task(Path(spec.config).parents[2], spec.job, place.rank, place.world_size, restart=place.restart)
             os.chdir(spec.cwd)
             config = load_config(spec.config)
@@ -397,7 +400,7 @@ def main(argv: list[str] | None = None) -> int:
             config = load_config(argv[1], argv[2:])
             config.need(*job.sections)
             spec = make_spec(config, job)
-            place = Place.of(os.environ, spec.kind)
+            place = Place.of(os.environ, spec.kind, spec.job in JOINED)
             task = Task(config.run_dir, spec.job, place.rank, place.world_size, restart=place.restart)
             if place.rank == 0:
                 record(config, job, place.launch, place.restart, place.world_size)

@@ -6,6 +6,7 @@
     index.parquet         a row a sample: where its bytes lie, their crc32, captions; statistics of the latents;
                           a copy of cache.json; a sha256 of it all
     rejected.json         clips that could not be encoded, with their reasons
+    .work/                who makes which shard now, and the clips of it so far (claims.py); empty once all are there
 
 A shard's name is a hash of its clips' keys, so the plan of a cache is a pure function of the manifest, for any number
 of workers. Shards are cut by rows of the manifest, which keep their places: a change of one row makes one shard anew.

@@ -17,6 +17,7 @@ import logging
 import os
 import re
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from sorahpc.data.journal import Journal, Record, replay
 from sorahpc.data.manifest import shown
 from sorahpc.data.shards import ShardWriter
 from sorahpc.errors import DataError, SetupError
-from sorahpc.lease import HEARTBEAT_S, Lease, describe, is_fresh
+from sorahpc.lease import HEARTBEAT_S, STALE_AFTER_S, Lease, describe, is_fresh
 from sorahpc.runs import read_state
 
 log = logging.getLogger(__name__)
@@ -253,12 +254,16 @@ def remove_leftovers(folder: Path) -> list[str]:
     """
     there, removed = set(os.listdir(folder)), []
     for name in sorted(os.listdir(folder / WORK)) if WORK in there else []:
+        path = folder / WORK / name
         of = re.match(r"\.*(shard-[0-9a-f]{16})\.", name)
         if of is None or f"{of[1]}.h5" not in there:
             continue
         lease = _ShardLease(folder / WORK / f"{of[1]}.lease", "", "")
         holder = read_state(lease.path)
-        if holder is None or not lease.blocked_by(holder):
-            (folder / WORK / name).unlink(missing_ok=True)
-            removed.append(name)
+        with contextlib.suppress(FileNotFoundError):  # others do the same
+            # What begins with a dot is on its way to be a lease, of one who hasn't seen that the shard is there.
+            young = name.startswith(".") and time.time() - path.stat().st_mtime < STALE_AFTER_S
+            if not young and (holder is None or not lease.blocked_by(holder)):
+                path.unlink()
+                removed.append(name)
     return removed

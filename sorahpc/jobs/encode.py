@@ -142,7 +142,8 @@ def run(config: Config, task: Task) -> None:
         f"{task.launch}:{task.rank}",
         task.restart,
     )
-    _Line(task, claims, plan[task.rank :: task.world_size], every, vae, config.clip.fps, ready).run()
+    share = plan[task.rank :: task.world_size] if task.rank < task.world_size else []  # of who joined later: none
+    _Line(task, claims, share, every, vae, config.clip.fps, ready).run()
     if _finish(folder, plan):
         for name in remove_leftovers(folder):
             log.info("removed %s, which a killed task left", shown(folder / WORK / name))

@@ -3,6 +3,7 @@ SORAHPC_REQUIRE_SLURM=1 (as in CI) that is a failure."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import tempfile
@@ -14,15 +15,14 @@ import pytest
 from slurm.cluster import MiniSlurm, Unavailable, why_not
 
 
-@pytest.fixture(scope="session")
-def slurm_cluster() -> Iterator[MiniSlurm]:
-    """Two nodes of two CPUs. `.env` holds what clients need; `.wait_for_job(id)` waits."""
+@contextlib.contextmanager
+def started(**size: int) -> Iterator[MiniSlurm]:
     required = os.environ.get("SORAHPC_REQUIRE_SLURM") == "1"
     reason, cluster = why_not(), None
     folder = Path(tempfile.mkdtemp(prefix="mini_slurm_", dir="/tmp"))  # short: a socket's path has at most 107 bytes
     try:
         if reason is None:
-            cluster = MiniSlurm(folder)
+            cluster = MiniSlurm(folder, **size)
             try:
                 cluster.start()
             except (Unavailable, OSError) as error:
@@ -35,6 +35,20 @@ def slurm_cluster() -> Iterator[MiniSlurm]:
         if cluster is not None:
             cluster.stop()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def slurm_cluster() -> Iterator[MiniSlurm]:
+    """Two nodes of two CPUs. `.env` holds what clients need; `.wait_for_job(id)` waits."""
+    with started() as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def four_nodes() -> Iterator[MiniSlurm]:
+    """Four of three CPUs."""
+    with started(num_nodes=4, cpus=3) as cluster:
+        yield cluster
 
 
 @pytest.fixture
