@@ -316,17 +316,41 @@ class EncodeConfig(Section):
     )
 
 
+class PerceptualConfig(Section):
+    """LPIPS in the loss: the distance of some frames by the features of VGG16."""
+
+    vgg: ConfigPath = Field(
+        description="VGG16 of ImageNet in torchvision's names: safetensors, a folder with model.safetensors, or vgg16"
+    )
+    heads: ConfigPath = Field(description="LPIPS's linear heads: safetensors with lin0.model.1.weight and so on")
+    weight: float = Field(1.0, gt=0)
+    frames: int = Field(4, ge=1, description="frames of a clip that are compared at a step")
+
+
+class AdversarialConfig(Section):
+    """A discriminator of patches in the loss: PatchGAN over time too, hinge loss, balanced as in VQGAN."""
+
+    weight: float = Field(0.8, gt=0, description="1: it pulls at the last layer as strongly as the reconstruction does")
+    start_step: int = Field(1000, ge=0, description="first step with it: an autoencoder that knows nothing is no match")
+    channels: int = Field(64, ge=8, multiple_of=8, description="of the discriminator's first layer")
+    layers: int = Field(3, ge=1, le=6, description="layers that halve height and width")
+    lr: float = Field(2e-4, gt=0, description="of Adam, constant")
+
+
 class TrainVaeConfig(Section):
-    """Manifest -> a small autoencoder of one's own, as `vae.path` loads it. One process."""
+    """Manifest -> an autoencoder of one's own, as `vae.path` loads it; from scratch, or fine-tuned from `init`."""
 
     out: ConfigPath = Field(description="folder that the finished autoencoder is written to")
-    class_name: str = Field(description="diffusers autoencoder class, such as AutoencoderKLCosmos")
-    arch: dict[str, Any] = Field(description="arguments of that class")
+    init: ConfigPath | None = Field(
+        None, description="autoencoder to start from, as vae.path; None: class_name and arch, with random weights"
+    )
+    class_name: str | None = Field(None, description="autoencoder class, such as AutoencoderKLCosmos")
+    arch: dict[str, Any] | None = Field(None, description="arguments of that class")
     weights_dtype: Literal["float32", "float16", "bfloat16"] = Field(
         "float32", description="dtype of the stored weights"
     )
     steps: int = Field(ge=1, description="optimizer steps")
-    batch_clips: int = Field(4, ge=1, description="clips a step, all of one size")
+    batch_clips: int = Field(4, ge=1, description="clips a step, all of one size; every number of ranks divides it")
     window_frames: int | None = Field(None, ge=1, description="train on windows of this many frames; None: whole clips")
     crop_px: int | None = Field(
         None, ge=1, description="and on crops of this side; not for classes that pool over frames (AutoencoderKLCosmos)"
@@ -342,17 +366,30 @@ class TrainVaeConfig(Section):
         0.5, ge=0, le=1, description="share of clips with permuted and inverted channels at the start, falling to 0"
     )
     kl_weight: float = Field(1e-4, ge=0, description="weight of KL(posterior || unit normal), mean per latent value")
-    latent_noise: float = Field(0.1, gt=0, description="standard deviation of the posterior; it is not learned")
+    posterior: Literal["fixed", "learned"] | None = Field(
+        None, description="its variance: latent_noise, or what the class gives; None: learned where init has learned it"
+    )
+    latent_noise: float = Field(0.1, gt=0, description="standard deviation of a fixed posterior")
+    perceptual: PerceptualConfig | None = None
+    adversarial: AdversarialConfig | None = None
     ema_decay: float = Field(0.998, ge=0, lt=1, description="the averaged weights are what is written")
     holdout_clips: int = Field(16, ge=0, description="clips (at most a fifth) kept out of training, to measure PSNR on")
     seed: int = Field(0, ge=0, lt=2**31)
     save_every: int = Field(500, ge=1, description="steps between saved states, from which a rerun resumes")
-    resources: ArrayResources = ArrayResources()
+    cache_gb: float = Field(4.0, ge=0, description="decoded clips that a rank keeps in memory; no result depends on it")
+    resources: GangResources = GangResources()
 
     @model_validator(mode="after")
-    def _one_task(self) -> TrainVaeConfig:
-        if self.resources.tasks != 1:
-            raise ValueError("resources.tasks: 1 (the training is one process)")
+    def _agrees(self) -> TrainVaeConfig:
+        for name in ("class_name", "arch"):
+            if self.init is None and getattr(self, name) is None:
+                raise ValueError(f"{name}: a value, or `init` to start from")
+        world = self.resources.world_size
+        if self.batch_clips % world:
+            raise ValueError(
+                f"batch_clips: a multiple of the number of ranks {world} = resources.nodes {self.resources.nodes} x "
+                f"resources.tasks_per_node {self.resources.tasks_per_node}, not {self.batch_clips}"
+            )
         return self
 
 

@@ -115,7 +115,7 @@ def test_the_script_is_pure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["prepare", "caption", "encode", "train", "sample", "profile"])
+@pytest.mark.parametrize("name", ["prepare", "caption", "encode", "train", "train-vae", "sample", "profile"])
 def test_the_shipped_sbatch_script_makes_the_same_request(name: str) -> None:
     shipped = (tiny.ROOT / "slurm" / f"{name}.sbatch").read_text()
     mine = options(shipped)
@@ -125,6 +125,7 @@ def test_the_shipped_sbatch_script_makes_the_same_request(name: str) -> None:
         "caption": {"path": "llm", "resources": {"tasks": 4}},
         "encode": {"resources": {"tasks": 4}},
         "train": {**tiny.config_data()["train"], "resources": gang},
+        "train_vae": {"out": "o", "init": "vae", "steps": 1, "resources": gang},
         "sample": {"prompts": "p", "resources": {"tasks": 4}},
     }
     job = JOBS["profile-kernels" if name == "profile" else name]

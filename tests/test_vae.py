@@ -16,15 +16,14 @@ import torch
 from models import COSMOS, WAN, ZOO, write_vae
 from safetensors.torch import load_file, save_file
 
-from sorahpc.config import Config, shipped_dir
-from sorahpc.configfile import load_config, parse_config
+from sorahpc.config import shipped_dir
+from sorahpc.configfile import load_config
 from sorahpc.data.decode import decode, plan_clip, probe
 from sorahpc.data.manifest import Video
 from sorahpc.data.mp4 import write_mp4
 from sorahpc.data.toyworld import COLOURS, SIZES_PX, render, scene_of
 from sorahpc.errors import ConfigError
 from sorahpc.models.vae import CLASSES, WEIGHTS, Vae, build_vae, load_vae, read_rule, save_vae
-from sorahpc.runs import Task
 
 
 @pytest.fixture(scope="module")
@@ -440,93 +439,3 @@ def test_a_decoded_clip_hardly_changes_when_its_latent_is_off_a_little(tmp_path:
     off = z + 0.05 * z.std() * torch.randn(z.shape, generator=torch.Generator().manual_seed(0))
     a, b = vae.decode(z).astype(float), vae.decode(off).astype(float)
     assert 10 * np.log10(255**2 / np.square(a - b).mean()) > 28
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# train-vae
-
-
-def _config(folder: Path, **train: object) -> Config:
-    return parse_config(
-        {
-            "run": "r", "runs_dir": str(folder), "prepare": {"videos": str(folder / "videos")},
-            "clip": {"fps": 8, "max_frames": 9, "min_frames": 5, "max_area_px": 4096},
-            "train_vae": {
-                "out": str(folder / "vae"), "class_name": "AutoencoderKLCosmos", "arch": COSMOS, "steps": 8,
-                "batch_clips": 2, "window_frames": 5, "save_every": 4, "holdout_clips": 2, **train,
-            },
-        }
-    )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from sorahpc.data.toyworld import write_world
-    from sorahpc.jobs import prepare
-
-    folder = tmp_path_factory.mktemp("world")
-    write_world(folder / "videos", 12, seed=1)
-    config = _config(folder)
-    prepare.run(config, Task(config.run_dir, "prepare"))
-    return folder
-
-
-def test_train_vae_writes_what_load_vae_reads_and_a_killed_run_resumes_to_the_same_bits(
-    videos: Path, tmp_path: Path
-) -> None:
-    import shutil
-
-    from sorahpc.errors import DataError, Stopped
-    from sorahpc.jobs import train_vae
-
-    outs = []
-    for name, stops in (("whole", ()), ("parts", (3, 6))):
-        folder = tmp_path / name
-        (folder / "r").mkdir(parents=True)
-        shutil.copy(videos / "r/manifest.parquet", folder / "r/manifest.parquet")
-        config = _config(folder)
-        for stop in stops:
-            looks = iter(range(10_000))  # 12 of them while reading the clips, then one a step
-            task = Task(config.run_dir, "train-vae", stop_requested=lambda looks=looks, n=12 + 3: next(looks) >= n)
-            with pytest.raises(Stopped, match=f"step {stop} of 8"):
-                train_vae.run(config, task)
-        train_vae.run(config, Task(config.run_dir, "train-vae"))
-        outs.append((folder / "vae" / WEIGHTS).read_bytes())
-        result = json.loads((config.run_dir / "train_vae/result.json").read_text())
-        assert result["clips"] == 2 and result["psnr_db"] > 3 and len(result["latent_std"]) == 4
-        assert result["psnr_db_worst"] <= result["psnr_db"] and -1 < result["ssim_worst"] <= result["ssim"] < 1
-        assert load_vae(folder / "vae").encode(noise_clip(5, 64, 64)).shape == (4, 2, 8, 8)
-    assert outs[0] == outs[1]
-    with pytest.raises(DataError, match=r"state.safetensors: saved under other train_vae settings"):
-        train_vae.run(_config(tmp_path / "whole", lr=0.5), Task(tmp_path / "whole/r", "train-vae"))
-
-
-def test_training_lowers_the_error_on_whole_frames_and_on_crops() -> None:
-    from sorahpc.jobs.train_vae import Trainer
-
-    clips = [render(scene_of(2, i, frames=[9], sizes=[(64, 64)])) for i in range(4)]
-    shipped = load_config("toy_vae").train_vae
-    assert shipped is not None
-    for name, arch, crop in (("AutoencoderKLCosmos", COSMOS, None), (shipped.class_name, shipped.arch, 32)):
-        spec = _config(Path("/x"), class_name=name, arch=arch, steps=30, crop_px=crop).train_vae
-        assert spec is not None
-        torch.manual_seed(0)
-        trainer = Trainer(build_vae(name, arch), clips, spec)
-        assert trainer.sizes == [(5, crop or 64, crop or 64)]
-        errors = [trainer.train_step()[1] for _ in range(30)]
-        assert np.mean(errors[-5:]) < 0.8 * np.mean(errors[:5]), (name, errors)
-
-
-def test_moving_pixels_are_those_of_the_object_and_none_in_a_still_clip() -> None:
-    from sorahpc.jobs.train_vae import moving_pixels
-
-    scene = next(s for s in (scene_of(2, i, frames=[17]) for i in range(50)) if s.speed == "fast" and s.bar is None)
-    clip = render(scene)
-    found = moving_pixels(clip)
-    assert 0 < len(found) <= 512
-    places = np.array([scene.position(t / scene.fps) for t in range(scene.frames)])
-    half_w, half_h = scene.half_extents
-    low, high = places.min(0) - [half_w + 1, half_h + 1], places.max(0) + [half_w + 1, half_h + 1]
-    assert (found[:, 2] >= low[0]).all() and (found[:, 2] <= high[0]).all()
-    assert (found[:, 1] >= low[1]).all() and (found[:, 1] <= high[1]).all()
-    assert moving_pixels(np.repeat(clip[:1], 9, axis=0)).shape == (0, 3)

@@ -101,7 +101,7 @@ def train_vae(
     config: ConfigArg, overrides: Overrides = None, cluster: ClusterOpt = None, dry_run: DryRun = False,
     as_json: AsJson = False, wait: Wait = False,
 ) -> int:  # fmt: skip
-    """Manifest -> a small autoencoder of your own."""
+    """Manifest -> an autoencoder of your own, from scratch or fine-tuned."""
     return launch_job("train-vae", config, overrides or [], cluster, dry_run=dry_run, as_json=as_json, wait=wait)
 
 

@@ -57,7 +57,7 @@ JOBS = {
         Job("train", "gang", ("model", "train"), "Latent cache -> checkpoints."),
         Job("sample", "array", ("vae", "text", "sample"), "Checkpoint and prompts -> mp4 files."),
         Job("evaluate", "array", ("vae",), "Samples and VAE -> figures and clips for the report."),
-        Job("train-vae", "array", ("train_vae",), "Manifest -> a small autoencoder of your own."),
+        Job("train-vae", "gang", ("train_vae",), "Manifest -> an autoencoder of your own."),
         Job("profile-kernels", "array", (), "The ops beside their peers and this node's limits."),
         Job("profile-train", "gang", ("model", "train"), "Steps of training under a profiler."),
         Job("profile-sample", "array", ("vae", "text", "sample"), "Steps of sampling under a profiler."),

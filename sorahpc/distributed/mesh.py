@@ -49,16 +49,20 @@ class Mesh:
         return dist.get_rank()
 
     def any_rank(self, *flags: bool) -> list[bool]:
-        """For each flag: is it set on any rank of the world? One small all-reduce for all of them."""
-        t = torch.tensor([float(f) for f in flags])
-        dist.all_reduce(t, op=dist.ReduceOp.MAX)
-        return [bool(v) for v in t]
+        return any_rank(*flags)
 
     def dp_sum(self, *values: float) -> list[float]:
         """Sums over the dp axis, in float64."""
         t = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(t, group=self.dp_group)
         return t.tolist()
+
+
+def any_rank(*flags: bool) -> list[bool]:
+    """For each flag: is it set on any rank of the world? One small all-reduce for all of them."""
+    t = torch.tensor([float(f) for f in flags])
+    dist.all_reduce(t, op=dist.ReduceOp.MAX)
+    return [bool(v) for v in t]
 
 
 def pick_device(local_rank: int) -> torch.device:
@@ -75,7 +79,7 @@ def pick_device(local_rank: int) -> torch.device:
     if local_rank >= count and not own:
         raise SetupError(
             f"local rank {local_rank}: one GPU a rank expected, this node shows {count}; start fewer ranks a node "
-            f"(train.resources.tasks_per_node, train.tp)"
+            f"(resources.tasks_per_node of the job)"
         )
     return torch.device("cuda", local_rank if count > 1 else 0)
 

@@ -298,7 +298,7 @@ def test_a_tool_that_fails_before_it_runs_the_first_rank_is_told_by_the_status(c
         ("profile", ["train"], "kernels, train CONFIG or sample CONFIG expected, found train; sbatch slurm/profile"),
         ("profile", ["tiny.yaml"], "kernels, train CONFIG or sample CONFIG expected, found tiny.yaml; sbatch slurm/"),
         *((name, [], f"a config expected, found no argument; sbatch slurm/{name}.sbatch CONFIG [key=value ...]")
-          for name in ("caption", "encode", "train", "sample")),
+          for name in ("caption", "encode", "train", "train-vae", "sample")),
     ],
 )  # fmt: skip
 def test_a_shipped_script_that_lacks_an_argument_is_one_line(
