@@ -84,9 +84,9 @@ def near_duplicates(hashes: np.ndarray, bits: int) -> list[tuple[int, int, int]]
     """Those of a list of hashes that are near an earlier one which is not itself near one before it.
 
     Multi-index hashing (Norouzi et al. 2012): hashes of 12 bands of 16 bits that differ in at most `bits` bits differ
-    in at most bits // 12 in some band, so only those that share such a band are compared. Of a million that is some
-    thousands each instead of half a million, and minutes in all. Only what is kept is compared with: a thousand copies
-    of one clip cost a comparison each.
+    in at most bits // 12 in some band, so only those that share such a band are compared. Measured on random hashes: a
+    million take 3 minutes up to 11 bits; 200,000 half a minute up to 23. Only what is kept is compared with: a thousand
+    copies of one clip cost a comparison each.
 
     Args:
         hashes: uint64 [N,3]. bits: 0 to 23.

@@ -20,7 +20,7 @@ import numpy as np
 
 SAMPLES_PER_S = 4.0  # pictures a second that are measured. Scenes are cut by all frames
 BLACK_LEVEL = 20.0  # a pixel of at most this luma, of 255, is black; what encoders make of black is up to about 5
-STATIC_LEVELS = 0.3  # a picture is static if its pixels change by less than this, on the mean; see test_measures.py
+STATIC_LEVELS = 0.3  # a mean change of luma below this is no motion: what encoders make of a frozen picture is 0 to 0.2
 FADED_LEVEL = 12.0  # a frame of a mean R, G and B below this is between two scenes: ThresholdDetector's default
 HASHES = 3  # pictures of a clip that are hashed: the middles of its thirds
 HASH_BITS = 64 * HASHES
