@@ -374,6 +374,8 @@ def test_a_caption_that_speaks_the_models_language_is_only_text(world: Path) -> 
     video = read_manifest(config.run_dir / MANIFEST)[0]
     question = captioner.clip_question(config, model, type(video)(**{**vars(video), "caption": hostile}))
     assert question.prompt == instruction_of(config.caption).replace("{caption}", model.plain(hostile))
+    scene = captioner.clip_question(config, model, type(video)(**{**vars(video), "start_s": 2.5}))
+    assert scene.frames.times_s == tuple(2.5 + t for t in question.frames.times_s)
 
 
 def test_an_answer_is_a_function_of_question_and_seed_alone_and_leaves_the_global_generator_be(world: Path) -> None:

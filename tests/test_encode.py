@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from models import write_t5, write_vae
+from videos import shots
 
 from sorahpc import lease
 from sorahpc.config import Config
@@ -27,13 +28,16 @@ from sorahpc.configfile import parse_config
 from sorahpc.data import claims, isolate
 from sorahpc.data.cache import INDEX
 from sorahpc.data.claims import WORK
+from sorahpc.data.decode import ClipPlan, decode
 from sorahpc.data.latents import LatentCache
+from sorahpc.data.maintenance import verify
 from sorahpc.data.manifest import Video, read_manifest, write_manifest
 from sorahpc.data.shards import Sample
 from sorahpc.data.toyworld import write_world
 from sorahpc.errors import ConfigError, DataError, Stopped
 from sorahpc.jobs import encode, prepare
 from sorahpc.models.text import make_tiny_t5
+from sorahpc.models.vae import load_vae
 from sorahpc.runs import Task
 
 CLIPS = 14
@@ -466,6 +470,27 @@ def test_a_shard_says_who_read_each_video(
         encode.run(prepared(world, "readers"), task(config))
     with h5py.File(min(prepared(world, "whole").cache_dir.glob("shard-*.h5"))) as f:
         assert "decoders" not in f
+
+
+def test_each_scene_of_a_video_is_a_sample(world: Path, tmp_path: Path) -> None:
+    (tmp_path / "videos").mkdir()
+    path = shots(tmp_path / "videos/film.mp4", (50, 60, 70))
+    (tmp_path / "videos/film.txt").write_text("three shots")
+    config = make_config(
+        world, "scenes", prepare={"videos": str(tmp_path / "videos"), "scenes": {}}, encode={"clips_per_shard": 2}
+    )
+    prepare.run(config, Task(config.run_dir, "prepare"))
+    encode.run(config, task(config))
+    rows, cache = read_manifest(config.run_dir / "manifest.parquet"), LatentCache(config.cache_dir)
+    assert [(v.start_s, v.end_s) for v in rows] == [(0, 6.25), (6.25, 13.75), (13.75, 22.5)]
+    assert sorted(cache.keys) == sorted(v.key for v in rows) and set(cache.sources) == {str(path)}
+    vae = load_vae(world / "vae")
+    for video in rows:
+        times = tuple(video.start_s + i / 8 for i in range(9))
+        pixels = decode(path, ClipPlan((0.0, *times), 64, 64))[1:]  # the whole file is read
+        z, _ = cache.read(cache.keys.index(video.key))
+        assert torch.equal(z.float(), vae.encode(pixels).half().float()), video.start_s
+    assert not verify(config.cache_dir).faults
 
 
 def test_a_shard_that_can_not_be_written_ends_the_job(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:

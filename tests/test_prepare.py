@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from test_decode import broken_files
-from videos import late_damage, numbered, recording, write_video
+from videos import late_damage, numbered, recording, shots, write_video
 
 from sorahpc.config import ClipConfig, Config
 from sorahpc.configfile import parse_config
@@ -440,14 +440,8 @@ def test_keys_are_those_of_a_manifest_without_measures(videos: Path, shot: bytes
     assert with_section(videos, measure=False) == [row] and measures == []
 
 
-def scenes_video(path: Path) -> Path:
-    rng = np.random.default_rng(0)
-    shots = [rng.integers(0, 256, (8, 8, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1) for _ in range(4)]
-    return write_video(path, np.concatenate([[s] * n for s, n in zip(shots, (16, 24, 4, 20), strict=True)]))
-
-
 def test_a_video_becomes_a_row_a_scene(videos: Path, shot: bytes, caplog: pytest.LogCaptureFixture) -> None:
-    path = scenes_video(videos / "b.mp4")
+    path = shots(videos / "b.mp4", (16, 24, 4, 20))
     (videos / "b.txt").write_text("four shots")
     put(videos / "a.mp4", "one shot", shot)
     with caplog.at_level(logging.INFO):
@@ -469,7 +463,7 @@ def test_a_video_becomes_a_row_a_scene(videos: Path, shot: bytes, caplog: pytest
 
 
 def test_cutting_otherwise_keeps_places_and_looks_again(videos: Path, shot: bytes, measures: list[str]) -> None:
-    path = scenes_video(videos / "a.mp4")
+    path = shots(videos / "a.mp4", (16, 24, 4, 20))
     (videos / "a.txt").write_text("four shots")
     put(videos / "b.mp4", "one shot", shot)
     names = lambda rows: [(os.path.basename(v.path), v.start_s, v.ok) for v in rows]  # noqa: E731

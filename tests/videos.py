@@ -103,6 +103,13 @@ def cut(source: Path, path: Path, share: float) -> Path:
     return path
 
 
+def shots(path: Path, lengths: Sequence[int]) -> Path:
+    """A video of still pictures of coloured squares, each of so many frames, 8 a second."""
+    rng = np.random.default_rng(0)
+    pictures = [rng.integers(0, 256, (8, 8, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1) for _ in lengths]
+    return write_video(path, np.concatenate([[p] * n for p, n in zip(pictures, lengths, strict=True)]))
+
+
 def late_damage(folder: Path) -> bytes:
     """An mp4 whose packets are all there, but whose last third can't be decoded."""
     rng = np.random.default_rng(0)
