@@ -17,7 +17,7 @@ from sorahpc.errors import ConfigError
 from sorahpc.models import open_sora
 from sorahpc.models.lengths import Lengths
 from sorahpc.models.open_sora import OpenSoraVae, TemporalVae
-from sorahpc.models.vae import build_vae, load_vae, save_vae
+from sorahpc.models.vae import build_vae, load_vae, read_rule, save_vae
 
 # config.json of huggingface.co/hpcai-tech/OpenSora-VAE-v1.2 at 291a6d24d6599d11b047735c5d036797371ee834, whose
 # model.safetensors has sha256 057f368f538ca04540c0728a6b8ef80ff529077c5a1c4ba810eb8ba017b8d7c9 and this size.
@@ -121,6 +121,7 @@ def test_the_authors_folder_and_its_single_file_load_and_what_is_saved_loads_aga
 ) -> None:
     vae = load_vae(published)
     assert (vae.id, vae.stride, vae.channels) == ("OpenSoraVae", (4, 8, 8), 4)
+    assert read_rule(published) == (vae.stride, vae.lengths) and vae.lengths.restart == 17
     assert vae.native is not None
     mean, std = vae.native
     torch.testing.assert_close(mean[:, 0], torch.tensor([-0.1, 0.34, 0.27, 0.98]))

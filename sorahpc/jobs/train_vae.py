@@ -40,10 +40,10 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from sorahpc.config import Config, TrainVaeConfig, config_hash
+from sorahpc.config import ClipConfig, Config, TrainVaeConfig, config_hash
 from sorahpc.data.clips import Clip, ClipCache
 from sorahpc.data.decode import ClipPlan, decode, plan_clip
-from sorahpc.data.manifest import read_manifest
+from sorahpc.data.manifest import Video, read_manifest
 from sorahpc.distributed.mesh import any_rank, init_process_group, pick_device
 from sorahpc.distributed.muon import orthogonalize
 from sorahpc.errors import ConfigError, DataError, NumericsError, Stopped
@@ -75,14 +75,14 @@ def run(config: Config, task: Task) -> None:
     folder = config.run_dir / "train_vae"
     with _joined(task) as device:
         vae = start_vae(spec)
-        videos, plans = _plan(config, vae)
-        held = range(min(spec.holdout_clips, len(plans) // 5))
-        log.info("%d clips, %d of them held out", len(plans), len(held))
-        load = lambda i: decode(videos[i], plans[i])  # noqa: E731
-        shapes = {i: (len(p.times_s), p.height, p.width) for i, p in enumerate(plans) if i not in held}
+        videos, shapes = _plan(config, vae)
+        held = range(min(spec.holdout_clips, len(videos) // 5))
+        log.info("%d clips, %d of them held out", len(videos), len(held))
+        load = lambda i: decode(videos[i].path, _plan_one(videos[i], config.clip, vae))  # noqa: E731
         threads = max(1, spec.resources.cpus_per_task)
         with ClipCache(load, int(spec.cache_gb * 1e9), threads) as clips:
-            trainer = Trainer(vae, Batches(clips, shapes, vae, spec, task.rank, task.world_size), spec, device)
+            learned = {i: shape for i, shape in enumerate(shapes) if i not in held}
+            trainer = Trainer(vae, Batches(clips, learned, vae, spec, task.rank, task.world_size), spec, device)
             trainer.resume(folder / "state.safetensors")
             _train(trainer, spec, task, folder / "state.safetensors")
         if task.rank == 0:
@@ -130,26 +130,30 @@ def _train(trainer: Trainer, spec: TrainVaeConfig, task: Task, path: Path) -> No
     save()
 
 
-def _plan(config: Config, vae: Vae) -> tuple[list[str], list[ClipPlan]]:
-    """Paths and plans of the manifest's usable videos that have a clip of this class's lengths and sizes."""
+def _plan(config: Config, vae: Vae) -> tuple[list[Video], list[tuple[int, int, int]]]:
+    """The manifest's usable videos that have a clip of lengths and sizes that this class takes, and its (T,H,W)."""
     rows = [v for v in read_manifest(config.run_dir / "manifest.parquet") if v.ok]
-    videos, plans = [], []
+    videos, shapes = [], []
     for video in rows:
         try:
-            plan = plan_clip(
-                video, config.clip, stride=vae.stride, patch=(1, 1, 1), floor_frames=vae.floor_frames,
-                latent_frames=vae.lengths.latent,
-            )  # fmt: skip
+            plan = _plan_one(video, config.clip, vae)
         except DataError as error:
             log.warning("left out: %s", error)
             continue
-        videos.append(video.path)
-        plans.append(plan)
-    if not plans:
+        videos.append(video)
+        shapes.append((len(plan.times_s), plan.height, plan.width))  # not the plan: a kilobyte, a million times
+    if not videos:
         raise DataError(
             f"{config.run_dir / 'manifest.parquet'}: no usable clip among {len(rows)} videos with status ok"
         )
-    return videos, plans
+    return videos, shapes
+
+
+def _plan_one(video: Video, clip: ClipConfig, vae: Vae) -> ClipPlan:
+    return plan_clip(
+        video, clip, stride=vae.stride, patch=(1, 1, 1), floor_frames=vae.floor_frames,
+        latent_frames=vae.lengths.latent,
+    )  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -312,9 +316,9 @@ class Trainer:
             self.optimizers["discriminator"].zero_grad(set_to_none=True)
             terms["discriminator"].backward()
         found = self._mean_over_ranks(terms)
-        if not all(math.isfinite(value) for value in found.values()):
+        if bad := [name for name in ("loss", *found) if not math.isfinite(found[name])]:
             raise NumericsError(
-                f"train_vae: loss {found['loss']} at step {self.step}; lower train_vae.lr (now {spec.lr})"
+                f"train_vae: {bad[0]} {found[bad[0]]} at step {self.step}; lower train_vae.lr (now {spec.lr})"
             )
         torch.nn.utils.clip_grad_norm_(self.vae.module.parameters(), 1.0)
         warm = min(1.0, (self.step + 1) / WARMUP_STEPS)
@@ -559,18 +563,25 @@ class Batches:
         return k, [self.buckets[k][i] for i in drawn[self.mine.start : self.mine.stop]]
 
     def _usable(self, k: int, i: int, future: Future[Clip]) -> Clip:
+        """The clip i of bucket k, or the next one that can be decoded."""
+        try:
+            return future.result()
+        except DataError as error:
+            self._leave_out(i, error)
         bucket = self.buckets[k]
         first = bucket.index(i)
-        for place in range(first, first + len(bucket)):
-            number = bucket[place % len(bucket)]
+        for number in (bucket[place % len(bucket)] for place in range(first + 1, first + len(bucket))):
             try:
-                return (future if place == first else self.clips.ask(number)).result()
+                return self.clips.ask(number).result()
             except DataError as error:
-                if number not in self.broken:
-                    log.warning("left out: %s", error)
-                    self.broken.add(number)
+                self._leave_out(number, error)
         size = "x".join(map(str, self.sizes[k]))
         raise DataError(f"train_vae: none of the {len(bucket)} clips of {size} can be decoded; the log says why")
+
+    def _leave_out(self, number: int, error: DataError) -> None:
+        if number not in self.broken:
+            log.warning("left out: %s", error)
+            self.broken.add(number)
 
     def _cut(self, clip: Clip, size: tuple[int, int, int], rng: np.random.Generator, step: int) -> np.ndarray:
         low, high = np.zeros(3, np.int64), np.subtract(clip.pixels.shape[:3], size)

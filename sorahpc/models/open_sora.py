@@ -46,7 +46,8 @@ def published_arch(config: dict[str, Any]) -> dict[str, Any]:
     found = [part.get("type") if isinstance(part, dict) else part for part in (spatial, temporal)]
     if found != ["VideoAutoencoderKL", "VAE_Temporal_SD"]:
         raise ValueError(f"vae_2d VideoAutoencoderKL and vae_temporal VAE_Temporal_SD expected, found {found}")
-    return {name: config[name] for name in ("micro_frame_size", "shift", "scale") if name in config}
+    own: dict[str, Any] = {name: config[name] for name in ("micro_frame_size", "shift", "scale") if name in config}
+    return {"spatial": dict(SPATIAL), "temporal": dict(TEMPORAL), "micro_frame_size": 17, **own}
 
 
 class CausalConv3d(nn.Module):
