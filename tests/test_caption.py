@@ -20,9 +20,9 @@ import torch
 from endpoints import completion, send, serving
 from models import WORDS, write_llm, write_t5, write_vae, write_vlm
 
-from sorahpc.config import Config
+from sorahpc.config import Config, VaeConfig
 from sorahpc.configfile import parse_config
-from sorahpc.data.captions import CAPTIONS, known_items, read_captions, read_item, write_captions
+from sorahpc.data.captions import CAPTIONS, caption_settings, known_items, read_captions, read_item, write_captions
 from sorahpc.data.latents import LatentCache
 from sorahpc.data.manifest import MANIFEST, read_manifest
 from sorahpc.data.toyworld import write_world
@@ -220,7 +220,7 @@ def test_another_model_instruction_or_limit_is_another_question_and_another_plac
         config = make_config(world, "prepared", **{"path": str(world / "llm"), **section})
         model = captioner.load_captioner(config.caption, "cpu")
         videos = [v for v in read_manifest(config.run_dir / MANIFEST) if v.ok]
-        found = {captioner.clip_question(config, model, v).sha256 for v in videos}
+        found = {captioner.clip_question(config, model, v, v.duration_s).sha256 for v in videos}
         assert len(found) == CLIPS
         return found
 
@@ -360,6 +360,17 @@ def test_the_key_is_in_no_file_and_no_log(
 # A hostile caption, a hostile folder
 
 
+def test_a_captioner_sees_no_more_of_a_video_than_its_clip_will_have(world: Path) -> None:
+    config = seeing(world, "spans")
+    video = dataclasses.replace(read_manifest(config.run_dir / MANIFEST)[0], duration_s=30.0)
+    assert caption._spans(config)(video) == 9 / 8
+    few = config.clip.model_copy(update={"max_tokens": 32, "min_area_px": 1024})  # 16 tokens a latent frame
+    shorter = config.model_copy(update={"clip": few, "vae": VaeConfig(path=Path("configs/vae/toy"))})
+    assert caption._spans(shorter)(video) == 5 / 8
+    assert caption._spans(shorter)(dataclasses.replace(video, width=8)) == 9 / 8, "no clip at all: encode says why"
+    assert caption_settings(shorter) != caption_settings(config)
+
+
 def test_a_caption_that_speaks_the_models_language_is_only_text(world: Path) -> None:
     """An image token in a caption would promise the model an image that isn't there, and end the task."""
     model = LocalModel(world / "vlm", "float32", "cpu", with_frames=True)
@@ -372,9 +383,9 @@ def test_a_caption_that_speaks_the_models_language_is_only_text(world: Path) -> 
 
     config = seeing(world, "hostile")
     video = read_manifest(config.run_dir / MANIFEST)[0]
-    question = captioner.clip_question(config, model, type(video)(**{**vars(video), "caption": hostile}))
+    question = captioner.clip_question(config, model, type(video)(**{**vars(video), "caption": hostile}), 1.0)
     assert question.prompt == instruction_of(config.caption).replace("{caption}", model.plain(hostile))
-    scene = captioner.clip_question(config, model, type(video)(**{**vars(video), "start_s": 2.5}))
+    scene = captioner.clip_question(config, model, type(video)(**{**vars(video), "start_s": 2.5}), 1.0)
     assert scene.frames.times_s == tuple(2.5 + t for t in question.frames.times_s)
 
 

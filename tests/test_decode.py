@@ -26,6 +26,7 @@ from sorahpc.data.manifest import Video
 from sorahpc.data.mp4 import _yuv420p, write_mp4
 from sorahpc.data.toyworld import COLOURS, render, scene_of
 from sorahpc.errors import ConfigError
+from sorahpc.models.lengths import Lengths
 
 
 def row(path: Path | str = "/v.mp4", **fields: object) -> Video:
@@ -42,7 +43,7 @@ def floor4(n: int) -> int:
 
 
 def plan(video: Video, **clip: object) -> ClipPlan:
-    return plan_clip(video, ClipConfig(**clip), stride=(4, 8, 8), patch=(1, 2, 2), floor_frames=floor4)
+    return plan_clip(video, ClipConfig(**clip), stride=(4, 8, 8), patch=(1, 2, 2), lengths=Lengths(4, 4))
 
 
 def at(height: int, width: int, *times: float) -> ClipPlan:
@@ -275,7 +276,7 @@ def test_a_plan_keeps_every_promise(
     video = row(width=width, height=height, duration_s=duration)
     clip = ClipConfig(fps=fps, max_frames=max_frames, min_frames=min(min_frames, max_frames), max_area_px=area)
     try:
-        made = plan_clip(video, clip, stride=(4, unit_h, unit_w), patch=(1, 1, 1), floor_frames=floor4)
+        made = plan_clip(video, clip, stride=(4, unit_h, unit_w), patch=(1, 1, 1), lengths=Lengths(4, 4))
     except ConfigError as error:
         assert unit_h * unit_w > area and "clip.max_area_px" in str(error)
         return
@@ -310,7 +311,7 @@ def test_a_clip_over_its_tokens_is_made_smaller_then_shorter(
     """Against every length and every size there is."""
     video = row(width=width, height=height, duration_s=duration)
     wishes = {"fps": 8, "max_frames": 97, "min_frames": min_frames, "max_area_px": 65_536}
-    how: dict[str, Any] = {"stride": (4, 8, 8), "patch": (pt, 2, 2), "floor_frames": floor4}
+    how: dict[str, Any] = {"stride": (4, 8, 8), "patch": (pt, 2, 2), "lengths": Lengths(4, 4)}
 
     def tokens(made: ClipPlan) -> int:
         return ((len(made.times_s) - 1) // 4 + 1) // pt * (made.height // 16) * (made.width // 16)

@@ -20,6 +20,7 @@ from sorahpc.data.decode import ClipPlan, VideoError, decode, plan_clip, probe
 from sorahpc.data.latents import LatentCache
 from sorahpc.data.manifest import Video, read_manifest
 from sorahpc.jobs import encode, prepare
+from sorahpc.models.lengths import Lengths
 from sorahpc.runs import Task
 
 SEEDS = [
@@ -119,7 +120,7 @@ def manifest(config: Config) -> dict[str, Video]:
 def clip_of(video: Video, clip: ClipConfig) -> np.ndarray:
     return decode(
         video.path,
-        plan_clip(video, clip, stride=(4, 8, 8), patch=(1, 1, 1), floor_frames=lambda n: (n - 1) // 4 * 4 + 1),
+        plan_clip(video, clip, stride=(4, 8, 8), patch=(1, 1, 1), lengths=Lengths(4, 4)),
     )
 
 

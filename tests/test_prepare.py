@@ -20,6 +20,7 @@ from sorahpc.data.manifest import Video, read_manifest
 from sorahpc.data.toyworld import write_world
 from sorahpc.errors import ConfigError, DataError, Stopped
 from sorahpc.jobs import prepare
+from sorahpc.models.lengths import Lengths
 from sorahpc.runs import Task
 
 
@@ -454,7 +455,7 @@ def test_a_video_becomes_a_row_a_scene(videos: Path, shot: bytes, caplog: pytest
     assert cut[1].key == digest.hexdigest()[:16]
 
     def plan(video: Video) -> ClipPlan:
-        return plan_clip(video, ClipConfig(max_frames=97), stride=(1, 8, 8), patch=(1, 1, 1), floor_frames=lambda n: n)
+        return plan_clip(video, ClipConfig(max_frames=97), stride=(1, 8, 8), patch=(1, 1, 1), lengths=Lengths(1, 1))
 
     whole = decode(path, ClipPlan(tuple(i / 8 for i in range(64)), 64, 64))
     for video, (first, last) in zip(cut, [(0, 16), (16, 40), (44, 64)], strict=True):

@@ -23,6 +23,7 @@ from sorahpc.data.manifest import Video
 from sorahpc.data.mp4 import write_mp4
 from sorahpc.data.toyworld import COLOURS, SIZES_PX, render, scene_of
 from sorahpc.errors import ConfigError
+from sorahpc.models.lengths import Lengths
 from sorahpc.models.vae import CLASSES, WEIGHTS, Vae, build_vae, load_vae, read_rule, save_vae
 
 
@@ -400,7 +401,7 @@ def _through_h264(frames: np.ndarray, fps: float, folder: Path) -> np.ndarray:
     video = Video("0" * 16, str(path), "", found.frames, found.fps, found.width, found.height, found.codec,
                   found.duration_s, path.stat().st_size, 0, "ok", "")  # fmt: skip
     clip = load_config("toy_vae").clip
-    plan = plan_clip(video, clip, stride=(4, 8, 8), patch=(1, 2, 2), floor_frames=lambda n: (n - 1) // 4 * 4 + 1)
+    plan = plan_clip(video, clip, stride=(4, 8, 8), patch=(1, 2, 2), lengths=Lengths(4, 4))
     return decode(path, plan)
 
 

@@ -116,8 +116,7 @@ def _planned(config: Config) -> Callable[[Video], tuple[int, int, int] | str]:
         if clip not in known:
             try:
                 made = plan_clip(
-                    video, config.clip, stride=stride, patch=patch, floor_frames=lengths.floor,
-                    latent_frames=lengths.latent,
+                    video, config.clip, stride=stride, patch=patch, lengths=lengths,
                 )  # fmt: skip
             except VideoError as error:
                 known[clip] = error.reason

@@ -25,6 +25,7 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -278,7 +279,12 @@ def caption_settings(config: Config) -> str:
     """Hash of all in the config that decides captions, but for the weights behind the model's name or path."""
     section = config.caption
     assert section is not None
-    clip = {"fps": config.clip.fps, "max_frames": config.clip.max_frames} if section.frames else None
+    clip: dict[str, Any] | None = None
+    if section.frames:
+        clip = {"fps": config.clip.fps, "max_frames": config.clip.max_frames}
+        if config.clip.max_tokens is not None and config.vae is not None:  # which may make clips shorter
+            clip |= {"all": config.clip.model_dump(mode="json"), "vae": str(config.vae.path)}
+            clip["patch"] = config.model.patch if config.model else None
     data = section.model_dump(mode="json", exclude={"path", "endpoint", "resources", "clips", "prompt_instruction"})
     # An endpoint is known by its model: the same server has another address in each Slurm job.
     model = section.endpoint.model if section.endpoint else str(section.path)

@@ -13,7 +13,7 @@ import logging
 import math
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -27,6 +27,7 @@ from sorahpc.data.frames import ClipPlan as ClipPlan
 from sorahpc.data.frames import Probe as Probe
 from sorahpc.data.manifest import Video, shown
 from sorahpc.errors import ConfigError, DataError
+from sorahpc.models.lengths import Lengths
 
 log = logging.getLogger(__name__)
 
@@ -85,8 +86,7 @@ def plan_clip(
     *,
     stride: tuple[int, int, int],
     patch: tuple[int, int, int],
-    floor_frames: Callable[[int], int],
-    latent_frames: Callable[[int], int] | None = None,
+    lengths: Lengths,
 ) -> ClipPlan:
     """Choose the frames and the size of a video's clip.
 
@@ -106,8 +106,7 @@ def plan_clip(
         clip: the wishes.
         stride: (t, h, w) of the VAE.
         patch: (pt, ph, pw) of the model.
-        floor_frames: largest number of frames at most n that the VAE takes, at least 1.
-        latent_frames: latent frames of n frames; None: (n - 1) // t + 1.
+        lengths: which the VAE takes.
 
     Raises:
         VideoError: the video is rejected: too short, too small, or too many tokens even when shortest; with its reason.
@@ -116,9 +115,8 @@ def plan_clip(
     if not video.ok:
         raise VideoError(video.path, video.reason)
     available = max(1, math.ceil(video.duration_s * clip.fps - TIME_TOLERANCE_S * clip.fps))
-    latent_frames = latent_frames or (lambda n: (n - 1) // stride[0] + 1)
-    lengths = _lengths(min(available, clip.max_frames), patch[0], floor_frames, latent_frames)
-    longest = next(lengths, 0)
+    shorter = _from_longest(min(available, clip.max_frames), patch[0], lengths)
+    longest = next(shorter, 0)
     if longest < clip.min_frames or longest == 0:
         raise VideoError(
             video.path,
@@ -128,11 +126,11 @@ def plan_clip(
     unit_h, unit_w = stride[1] * patch[1], stride[2] * patch[2]
     whole = _plan_size(video, clip.max_area_px, unit_h, unit_w)
     least = max(unit_h * unit_w, min(clip.min_area_px or 0, whole[0] * whole[1]))
-    for num_frames in itertools.chain([longest], lengths):
+    for num_frames in itertools.chain([longest], shorter):
         if num_frames < clip.min_frames:
             break
         height, width = whole
-        layers = latent_frames(num_frames) // patch[0]  # of patches, one after the other in time
+        layers = lengths.latent(num_frames) // patch[0]  # of patches, one after the other in time
         if clip.max_tokens is not None and layers * (height // unit_h) * (width // unit_w) > clip.max_tokens:
             area = clip.max_tokens // layers * unit_h * unit_w
             if area < least:
@@ -148,17 +146,15 @@ def plan_clip(
     )
 
 
-def _lengths(
-    most: int, pt: int, floor_frames: Callable[[int], int], latent_frames: Callable[[int], int]
-) -> Iterator[int]:
+def _from_longest(most: int, pt: int, lengths: Lengths) -> Iterator[int]:
     """Lengths in frames that the VAE takes and the patch divides, from `most` down."""
-    n = floor_frames(most)
+    n = lengths.floor(most)
     while True:
-        if latent_frames(n) % pt == 0:
+        if lengths.latent(n) % pt == 0:
             yield n
         if n <= 1:
             return
-        n = floor_frames(n - 1)
+        n = lengths.floor(n - 1)
 
 
 def _plan_size(video: Video, max_area_px: int, unit_h: int, unit_w: int) -> tuple[int, int]:

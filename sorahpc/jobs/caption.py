@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Callable
 
 import torch
 
@@ -24,9 +25,11 @@ from sorahpc.data.captions import (
     read_item,
     write_captions,
 )
-from sorahpc.data.manifest import MANIFEST, read_manifest, shown
+from sorahpc.data.decode import VideoError, plan_clip
+from sorahpc.data.manifest import MANIFEST, Video, read_manifest, shown
 from sorahpc.errors import DataError, Stopped
 from sorahpc.models.captioner import ask_all, clip_question, load_captioner
+from sorahpc.models.vae import read_rule
 from sorahpc.runs import Task
 
 log = logging.getLogger(__name__)
@@ -52,7 +55,8 @@ def run(config: Config, task: Task) -> None:
     device = torch.device("cuda", task.local_rank % torch.cuda.device_count()) if cuda else "cpu"
     captioner = load_captioner(section, device)
     folder = config.run_dir / ITEMS / "clips"
-    questions = [clip_question(config, captioner, video) for video in videos]
+    span_s = _spans(config)
+    questions = [clip_question(config, captioner, video, span_s(video)) for video in videos]
     known = known_items(folder)
     mine = questions[task.rank :: task.world_size]
     missing = [q for q in mine if q.sha256 not in known]
@@ -90,3 +94,21 @@ def run(config: Config, task: Task) -> None:
         "captions complete: %d detailed, %d clips keep their own%s", sum(1 for r in rows if r.caption),
         reasons.total(), f" ({', '.join(f'{n} {kind}' for kind, n in reasons.most_common())})" if reasons else "",
     )  # fmt: skip
+
+
+def _spans(config: Config) -> Callable[[Video], float]:
+    """How long a video's clip will be, in seconds: a caption that tells of more would be trained on with less."""
+    most_s = config.clip.max_frames / config.clip.fps
+    if config.clip.max_tokens is None or config.vae is None:
+        return lambda video: min(video.duration_s, most_s)
+    stride, lengths = read_rule(config.vae.path)
+    patch = config.model.patch if config.model else (1, 1, 1)
+
+    def span(video: Video) -> float:
+        try:
+            plan = plan_clip(video, config.clip, stride=stride, patch=patch, lengths=lengths)
+        except VideoError:  # encode rejects it, and says so
+            return min(video.duration_s, most_s)
+        return min(video.duration_s, len(plan.times_s) / config.clip.fps)
+
+    return span

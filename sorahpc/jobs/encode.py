@@ -108,14 +108,7 @@ def run(config: Config, task: Task) -> None:
 
     def ready(row: int) -> _Ready:
         video, second = every[row], detailed.get(every[row].key, "")
-        cut = plan_clip(
-            video,
-            config.clip,
-            stride=vae.stride,
-            patch=patch,
-            floor_frames=vae.floor_frames,
-            latent_frames=vae.lengths.latent,
-        )
+        cut = plan_clip(video, config.clip, stride=vae.stride, patch=patch, lengths=vae.lengths)
         pixels, by = decode_by(decoder, video.path, cut, gpu)
         captions = [clean_caption(text) for text in ([video.caption, second] if second else [video.caption])]
         with one_by_one:

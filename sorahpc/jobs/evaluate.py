@@ -156,14 +156,7 @@ def _pair(
     clip = ClipConfig.model_validate(cache.info["clip"])  # as it was encoded, whatever the config says today
     ph, pw = cache.info["patch_hw"]
     patch = (cache.info.get("patch_t") or 1, ph, pw)
-    plan = plan_clip(
-        videos[key],
-        clip,
-        stride=vae.stride,
-        patch=patch,
-        floor_frames=vae.floor_frames,
-        latent_frames=vae.lengths.latent,
-    )
+    plan = plan_clip(videos[key], clip, stride=vae.stride, patch=patch, lengths=vae.lengths)
     real = decode(videos[key].path, plan)
     if real.shape != again.shape:
         raise DataError(

@@ -151,8 +151,7 @@ def _plan(config: Config, vae: Vae) -> tuple[list[Video], list[tuple[int, int, i
 
 def _plan_one(video: Video, clip: ClipConfig, vae: Vae) -> ClipPlan:
     return plan_clip(
-        video, clip, stride=vae.stride, patch=(1, 1, 1), floor_frames=vae.floor_frames,
-        latent_frames=vae.lengths.latent,
+        video, clip, stride=vae.stride, patch=(1, 1, 1), lengths=vae.lengths,
     )  # fmt: skip
 
 

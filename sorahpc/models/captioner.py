@@ -241,14 +241,13 @@ class Question:
     frames: ClipPlan | None
 
 
-def clip_question(config: Config, captioner: Captioner, video: Video) -> Question:
-    """Of a clip: with `caption.frames` frames from the middles of equal parts of what is trained on, the beginning of
-    the video that `clip.max_frames` and `clip.fps` give."""
+def clip_question(config: Config, captioner: Captioner, video: Video, span_s: float) -> Question:
+    """Of a clip: with `caption.frames` frames from the middles of equal parts of its first `span_s` seconds, which are
+    what is trained on."""
     section = config.caption
     assert section is not None
     plan = None
     if section.frames:
-        span_s = min(video.duration_s, config.clip.max_frames / config.clip.fps)
         count = section.frames if span_s > 0 else 1
         scale = min(1.0, math.sqrt(section.frame_area_px / (video.height * video.width)))
         height, width = (max(1, int(side * scale)) for side in (video.height, video.width))
