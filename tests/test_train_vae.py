@@ -131,6 +131,7 @@ def train_on(rank: int, world_size: int, folder: Path, world: Path, ports: list[
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_two_ranks_train_as_one_does_and_go_on_where_one_has_stopped(world: Path, tmp_path: Path) -> None:
     more = {**all_terms(world), **WAN_TINY, "steps": 4}
     config = at(tmp_path / "one", world, **more)
