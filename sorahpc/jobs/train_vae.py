@@ -287,8 +287,10 @@ class Trainer:
         """
         spec, adversarial = self.spec, self.spec.adversarial
         x = self._pixels(self.batches.next(self.step))
-        # What a class draws by itself (LTX's injected noise, dropout) is then the same after a rerun.
-        torch.manual_seed(spec.seed * 1_000_003 + self.step)
+        # What a class draws by itself (LTX's injected noise, dropout) is then the same after a rerun, and another on
+        # each rank.
+        own = np.random.SeedSequence([spec.seed, self.step, self.batches.mine.start])
+        torch.manual_seed(int(own.generate_state(1)[0]))
         reconstruction, kl = self.coder(x, self._noise(x))
         error = reconstruction - x
         terms = {"mse": error.square().mean(), "kl": kl}
