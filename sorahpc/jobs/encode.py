@@ -1,7 +1,7 @@
 """Encode: manifest -> decoded clips -> VAE latents and text embeddings -> the latent cache.
 
-While the VAE is at work on a clip, the next two are decoded and their captions embedded, and the shard before is
-written.
+While the VAE is at work on a clip, the next ones, as many as the task has CPUs and at least two, are decoded and their
+captions embedded, and the shard before is written.
 
 An array of independent tasks, as many as one likes and at any time. The rows of the manifest, in their order, are cut
 into shards; a task claims a shard that is neither there nor claimed (claims.py), begins with those that its rank has by
@@ -64,7 +64,7 @@ log = logging.getLogger(__name__)
 
 PREPROCESS = 2  # version of plan_clip and decode: raise it when they give other pixels for the same settings
 MAX_SHOWN = 5
-AHEAD = 2  # clips that are ready, or being made so, while the VAE is at work on another
+AHEAD = 2  # at least so many clips are ready, or being made so, while the VAE is at work on another
 MIN_POLL_S, MAX_POLL_S = 0.5, 10.0  # between two looks at what others hold: all tasks look when the last ones work
 PATIENCE_S = 1800.0  # with tasks that hold the last shards and encode no clip
 MAX_NATIVE_MEAN, MAX_NATIVE_STD = 3.0, 5.0
@@ -136,7 +136,8 @@ def run(config: Config, task: Task) -> None:
         task.restart,
     )
     share = plan[task.rank :: task.world_size] if task.rank < task.world_size else []  # of who joined later: none
-    _Line(task, claims, share, every, vae, config.clip.fps, ready).run()
+    most_ahead = max(AHEAD, config.encode.resources.cpus_per_task)
+    _Line(task, claims, share, every, vae, config.clip.fps, ready, most_ahead).run()
     if _finish(folder, plan):
         for name in remove_leftovers(folder):
             log.info("removed %s, which a killed task left", shown(folder / WORK / name))
@@ -155,11 +156,11 @@ class _Ready:
 
 
 class _Line:
-    """The way of the clips: two are made ready while the VAE has one, and the shard before is written.
+    """The way of the clips: the next ones are made ready while the VAE has one, and the shard before is written.
 
     Args:
         share: the shards whose clips this task reports, so that each is reported once.
-        every: the rows of the manifest. ready: from a row of it to what the VAE takes.
+        every: the rows of the manifest. ready: from a row of it to what the VAE takes; so for `most_ahead` at a time.
     """
 
     def __init__(
@@ -171,9 +172,10 @@ class _Line:
         vae: Vae,
         fps: float,
         ready: Callable[[int], _Ready],
+        most_ahead: int,
     ) -> None:
         self.task, self.claims, self.share, self.every = task, claims, share, every
-        self.vae, self.fps, self.ready = vae, fps, ready
+        self.vae, self.fps, self.ready, self.most_ahead = vae, fps, ready, most_ahead
         self.total = sum(len(shard.rows) for shard in share)
         self.ahead: deque[tuple[Claim, int, Future[_Ready]]] = deque()
         self.filling: Claim | None = None  # whose clips are next
@@ -189,7 +191,7 @@ class _Line:
             self.claims.missing()
             done = self._report()
             log.info("%d of the %d clips that this task reports are there", done, self.total)
-            self.decoders, self.writer = ThreadPoolExecutor(AHEAD, "decode"), ThreadPoolExecutor(1, "write")
+            self.decoders, self.writer = ThreadPoolExecutor(self.most_ahead, "decode"), ThreadPoolExecutor(1, "write")
             try:
                 self._run()
             finally:
@@ -218,7 +220,7 @@ class _Line:
 
     def _fill(self) -> None:
         """Have clips made ready, and claim a shard where there are no more of the last."""
-        while len(self.ahead) <= AHEAD:
+        while len(self.ahead) <= self.most_ahead:
             if self.rows:
                 assert self.filling is not None
                 row = self.rows.popleft()
