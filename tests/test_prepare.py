@@ -561,3 +561,18 @@ def test_a_task_that_was_stopped_is_waited_for(videos: Path, clip: bytes, probes
         rows = with_section(videos, Task(run_dir, "prepare", rank=rank, world_size=2))
     assert [os.path.basename(v.path)[0] for v in rows] == list("012345679") and probes == ["9.mp4"]
     assert [v.reason for v in rows] == [prepare.GONE if v.path.endswith("3.mp4") else "" for v in rows]
+
+
+def test_parts_that_an_earlier_run_cut_otherwise_are_not_taken_for_those_of_this_one(videos: Path) -> None:
+    for i in range(3):
+        shots(videos / f"{i}.mp4", (16, 24))
+        (videos / f"{i}.txt").write_text(f"caption {i}")
+    tasks = [Task(videos.parent / "runs/r", "prepare", rank=rank, world_size=2) for rank in (0, 1)]
+    with pytest.raises(DataError, match="no such manifest"):
+        with_section(videos, tasks[0])
+    whole = with_section(videos, tasks[1])
+    assert len(whole) == 3
+    # One is done before the other begins, as tasks that a cluster starts one by one are.
+    assert with_section(videos, tasks[0], scenes={"min_s": 1}) == whole
+    rows = with_section(videos, tasks[1], scenes={"min_s": 1})
+    assert [(v.start_s, v.ok) for v in rows] == [(0, True)] * 3 + [(2, True)] * 3

@@ -120,7 +120,7 @@ def run(config: Config, task: Task) -> None:
             raise
     write_part(True)
     log.info("%d videos of this task, %d of them unchanged since the last run", len(found), kept)
-    parts = _all_parts(folder, task.world_size)
+    parts = _all_parts(folder, task.world_size, cut_by)
     if parts is None:
         log.info("other tasks still have videos to look at; the last task writes the manifest")
         return
@@ -167,8 +167,9 @@ def _known(manifest: Path, folder: Path, cut_by: dict[str, Any] | None) -> dict[
     return known
 
 
-def _all_parts(folder: Path, count: int) -> dict[str, list[Video]] | None:
-    """The clips of each file, as all tasks found them; None if one of them has not finished."""
+def _all_parts(folder: Path, count: int, cut_by: dict[str, Any] | None) -> dict[str, list[Video]] | None:
+    """The clips of each file, as all tasks found them; None if one of them has not finished, or not begun yet and its
+    part is of an earlier run that cut scenes otherwise."""
     # A listing, not a look-up of each name: on NFS a name that was missing a moment ago is remembered as missing.
     there = {name for name in os.listdir(folder) if name.endswith(f"-of-{count:05d}.parquet")}
     if len(there) < count:
@@ -176,7 +177,7 @@ def _all_parts(folder: Path, count: int) -> dict[str, list[Video]] | None:
     rows: dict[str, list[Video]] = {}
     for name in sorted(there):
         videos, made = read_rows(folder / name)
-        if not made.get("finished"):
+        if not made.get("finished") or made.get("scenes") != cut_by:
             return None
         rows.update(_by_path(videos))
     return rows
