@@ -527,7 +527,7 @@ def test_encode_stores_both_captions_and_a_new_one_makes_only_its_shard_again(
         assert torch.equal(cache.read(i, second)[1]["text"], text.encode([said])[0].half().float())
     encoded: list[str] = []
     real = encode._encode
-    monkeypatch.setattr(encode, "_encode", lambda video, *rest: (encoded.append(video.path), real(video, *rest)))
+    monkeypatch.setattr(encode, "_encode", lambda video, *rest: (encoded.append(video.path), real(video, *rest))[1])
     encode.run(config, Task(run, "encode"))
     assert not encoded
     table, settings = read_captions(run / CAPTIONS)

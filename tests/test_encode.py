@@ -46,7 +46,7 @@ BROKEN = {"zero.mp4": b"", "text.mp4": b"no video at all\n"}
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Videos (one of them cut short after prepare saw it), a tiny VAE and T5 with random weights."""
+    """Videos (one of them damaged, and prepare didn't see it), a tiny VAE and T5 with random weights."""
     folder = tmp_path_factory.mktemp("world")
     write_world(folder / "videos", CLIPS, seed=1)
     for name, data in BROKEN.items():
@@ -58,6 +58,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     prepare.run(config, Task(config.run_dir, "prepare"))
     victim = folder / "videos/000003.mp4"
     victim.write_bytes(victim.read_bytes()[: victim.stat().st_size // 2])
+    manifest, status = config.run_dir / "manifest.parquet", victim.stat()
+    seen = {"size_bytes": status.st_size, "mtime_ns": status.st_mtime_ns}  # as if it had looked whole
+    rows = [replace(v, **seen) if v.path == str(victim) else v for v in read_manifest(manifest)]
+    write_manifest(manifest, rows)
     return folder
 
 
@@ -491,6 +495,26 @@ def test_each_scene_of_a_video_is_a_sample(world: Path, tmp_path: Path) -> None:
         z, _ = cache.read(cache.keys.index(video.key))
         assert torch.equal(z.float(), vae.encode(pixels).half().float()), video.start_s
     assert not verify(config.cache_dir).faults
+
+
+def test_a_file_that_is_another_one_now_is_not_kept_under_the_key_of_the_first(world: Path, tmp_path: Path) -> None:
+    write_world(tmp_path / "videos", 6, seed=3)
+    config = make_config(world, "others", prepare={"videos": str(tmp_path / "videos")})
+    prepare.run(config, Task(config.run_dir, "prepare"))
+    first, second, third, fourth = (tmp_path / f"videos/{i:06d}.mp4" for i in range(4))
+    os.utime(first, (1, 1))  # the same file, of another time, as a copy is
+    second.write_bytes(third.read_bytes())
+    third.write_bytes(third.read_bytes()[:-1] + b"?")  # of the same size
+    fourth.unlink()
+    encode.run(config, task(config))
+    rejected = json.loads((config.cache_dir / "rejected.json").read_text())
+    changed = "changed since prepare looked at it: run prepare and encode again"
+    assert {Path(r["source"]).name: r["reason"] for r in rejected} == {
+        "000001.mp4": changed, "000002.mp4": changed, "000003.mp4": "no such file"
+    }  # fmt: skip
+    prepare.run(config, Task(config.run_dir, "prepare"))
+    encode.run(config, task(config))
+    assert LatentCache(config.cache_dir).keys == [v.key for v in usable(config)] and len(usable(config)) == 5
 
 
 def test_a_shard_that_can_not_be_written_ends_the_job(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:

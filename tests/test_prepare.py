@@ -177,14 +177,14 @@ def test_a_refusal_that_may_pass_is_tried_again(videos: Path, clip: bytes, monke
     put(videos / "a.mp4", "a", clip)
     put(videos / "b.mp4", "b", clip)
     with monkeypatch.context() as patch:
-        real = prepare.open_regular
+        real = prepare.digest_of
 
         def denied(path: str):
             if path.endswith("b.mp4"):
                 raise prepare.VideoError(path, "can't read: Permission denied")
             return real(path)
 
-        patch.setattr(prepare, "open_regular", denied)
+        patch.setattr(prepare, "digest_of", denied)
         assert [v.reason for v in prepared(videos)] == ["", "can't read: Permission denied"]
     assert [v.ok for v in prepared(videos)] == [True, True]
 

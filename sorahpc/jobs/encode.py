@@ -44,6 +44,7 @@ from sorahpc.data.captions import with_captions
 from sorahpc.data.claims import WORK, Claim, Claims, remove_leftovers
 from sorahpc.data.decode import VideoError, decode_by, plan_clip
 from sorahpc.data.journal import Record
+from sorahpc.data.keys import check_unchanged
 from sorahpc.data.manifest import MANIFEST, Video, read_manifest, shown
 from sorahpc.data.shards import (
     EMPTY_TEXT,
@@ -80,7 +81,8 @@ def run(config: Config, task: Task) -> None:
     config.need("vae", "text")
     assert config.vae is not None and config.text is not None
     manifest = config.run_dir / MANIFEST
-    every, detailed = with_captions(config, read_manifest(manifest))
+    rows = read_manifest(manifest)
+    every, detailed = with_captions(config, rows)
     if not any(v.ok for v in every):
         raise DataError(f"{shown(manifest)}: no usable video among {len(every)}; its column `reason` says why of each")
     device = torch.device("cuda", task.local_rank % torch.cuda.device_count()) if torch.cuda.is_available() else "cpu"
@@ -109,6 +111,7 @@ def run(config: Config, task: Task) -> None:
     def ready(row: int) -> _Ready:
         video, second = every[row], detailed.get(every[row].key, "")
         cut = plan_clip(video, config.clip, stride=vae.stride, patch=patch, lengths=vae.lengths)
+        check_unchanged(rows[row])
         pixels, by = decode_by(decoder, video.path, cut, gpu)
         captions = [clean_caption(text) for text in ([video.caption, second] if second else [video.caption])]
         with one_by_one:

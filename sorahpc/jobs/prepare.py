@@ -35,6 +35,7 @@ from typing import Any
 from sorahpc.config import Config, PrepareConfig
 from sorahpc.data.decode import Probe, VideoError, measure, open_regular, probe
 from sorahpc.data.filters import filtered, lifted
+from sorahpc.data.keys import digest_of, key_of
 from sorahpc.data.manifest import MANIFEST, Video, read_rows, shown, write_manifest
 from sorahpc.errors import DataError, SoraHPCError, Stopped
 from sorahpc.runs import Task
@@ -392,8 +393,8 @@ def _look_at(found: _Found, old: list[Video], section: PrepareConfig) -> tuple[l
     if found.reason:
         return [row], False
     try:
-        digest = _digest(found.path)
-        row = dataclasses.replace(row, key=_key(digest, found.caption))
+        digest = digest_of(found.path)
+        row = dataclasses.replace(row, key=key_of(digest, found.caption))
         if stands and all(v.ok for v in old):  # another caption, for the same pictures
             return [_with_caption(v, digest, found.caption) for v in old], False
         video = probe(found.path)
@@ -419,8 +420,8 @@ def _single(video: Video) -> Video:
 
 
 def _with_caption(video: Video, digest: hashlib._Hash, caption: str) -> Video:
-    whole = video.key == _key(digest, video.caption)
-    key = _key(digest, caption) if whole else _key(digest, caption, video.start_s, video.end_s)
+    whole = video.key == key_of(digest, video.caption)
+    key = key_of(digest, caption) if whole else key_of(digest, caption, video.start_s, video.end_s)
     return dataclasses.replace(video, key=key, caption=caption)
 
 
@@ -446,27 +447,10 @@ def _clips(row: Video, digest: hashlib._Hash, video: Probe, section: PrepareConf
         if frames != found.frames:  # else it is the whole video, of which probing knows more
             duration_s = end_s - start_s
             fps = frames / duration_s if duration_s > 0 else 0.0
-            key = _key(digest, row.caption, start_s, end_s)
+            key = key_of(digest, row.caption, start_s, end_s)
             scene = dataclasses.replace(scene, key=key, frames=frames, fps=fps, duration_s=duration_s, start_s=start_s)
         clips.append(scene)
     return clips
-
-
-def _digest(path: str) -> hashlib._Hash:
-    digest = hashlib.sha256()
-    with open_regular(path) as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest
-
-
-def _key(digest: hashlib._Hash, caption: str, start_s: float | None = None, end_s: float | None = None) -> str:
-    """Of a whole video without times: as it was when there were no scenes, so that caches of then stay right."""
-    digest = digest.copy()
-    digest.update(caption.encode())
-    if start_s is not None:
-        digest.update(f"\0{start_s:.6f}\0{end_s:.6f}".encode())
-    return digest.hexdigest()[:16]
 
 
 def _one_of_each(videos: list[Video]) -> list[Video]:
