@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import multiprocessing
@@ -515,6 +516,45 @@ def test_a_file_that_is_another_one_now_is_not_kept_under_the_key_of_the_first(w
     prepare.run(config, Task(config.run_dir, "prepare"))
     encode.run(config, task(config))
     assert LatentCache(config.cache_dir).keys == [v.key for v in usable(config)] and len(usable(config)) == 5
+
+
+def test_a_shard_that_is_taken_over_while_it_is_written_is_left_to_the_other(
+    world: Path, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, real, reads = prepared(world, "stale"), os.preadv, iter(range(10_000))
+
+    def preadv(*args: object) -> int:
+        if next(reads) == 3:  # what NFS says of a journal that the other has deleted
+            for taken in (config.cache_dir / WORK).glob("*.lease"):
+                taken.unlink()
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return real(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    encode.run(config, task(config))
+    assert next(reads) > 3 and content(config) == whole
+
+
+def test_a_journal_that_can_not_be_read_and_a_cache_that_is_gone_are_one_line(
+    world: Path, whole: dict[str, bytes]
+) -> None:
+    config = prepared(world, "unreadable")
+    work = config.cache_dir / WORK
+    for name in whole:
+        if name.startswith("shard-"):
+            (work / f"{name.removesuffix('.h5')}.{'a' * 32}.journal").mkdir(parents=True)
+    with pytest.raises(DataError, match=r"journal: can't read the journal: Is a directory; .* and run again$"):
+        encode.run(config, task(config))
+    shutil.rmtree(config.cache_dir)
+    looks = iter(range(100))
+
+    def move_away() -> bool:
+        if next(looks) == 2:
+            config.cache_dir.rename(config.cache_dir.with_name("elsewhere"))
+        return False
+
+    with pytest.raises(DataError, match=r"cache.*(No such file|run again)"):
+        encode.run(config, task(config, stop_requested=move_away))
 
 
 def test_a_shard_that_can_not_be_written_ends_the_job(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:

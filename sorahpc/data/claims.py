@@ -111,9 +111,9 @@ class Claims:
             self.give_back(claim)
 
     def missing(self) -> set[str]:
-        """Names of the shards of the plan that are not there."""
+        """Names of the shards of the plan that are not there. Raises DataError: the folder can't be read."""
         # A listing, not a look-up of each name: on NFS a name that was missing a moment ago is remembered as missing.
-        there = os.listdir(self._folder)
+        there = _names(self._folder)
         with self._lock:
             for name in there:
                 self._missing.pop(name, None)
@@ -129,7 +129,7 @@ class Claims:
         """Claim a shard, with what is known of its clips; None where others hold all that are missing.
 
         Raises:
-            DataError: lease or journal can't be written.
+            DataError: lease or journal can't be written, or a journal of the shard can't be read.
         """
         self.missing()
         with self._lock:
@@ -168,10 +168,16 @@ class Claims:
         """
         held = claim.held()
         if held:
-            claim.writer.commit()
-            with self._lock:
-                self._missing.pop(claim.shard.name, None)
-            claim.journal.path.unlink(missing_ok=True)
+            try:
+                claim.writer.commit()
+            except DataError:
+                if claim.held():
+                    raise
+                held = False  # taken over meanwhile, and so its journal is deleted, of which NFS says that it is stale
+            else:
+                with self._lock:
+                    self._missing.pop(claim.shard.name, None)
+                claim.journal.path.unlink(missing_ok=True)
         self.give_back(claim)
         return held
 
@@ -187,10 +193,10 @@ class Claims:
     def signs_of_life(self) -> dict[str, int]:
         """Size of each journal: it grows as its task encodes clips."""
         sizes = {}
-        for entry in os.scandir(self._folder / WORK):
+        for name in _names(self._folder / WORK):
             with contextlib.suppress(FileNotFoundError):
-                if entry.name.endswith(".journal"):
-                    sizes[entry.name] = entry.stat().st_size
+                if name.endswith(".journal"):
+                    sizes[name] = (self._folder / WORK / name).stat().st_size
         return sizes
 
     def holders(self) -> list[str]:
@@ -206,8 +212,8 @@ class Claims:
         """Open the journal, and copy into it what is whole in those of former holders."""
         stem, work = shard.name.removesuffix(".h5"), self._folder / WORK
         head = {"shard": shard.name, "cache_sha256": self._cache_sha256}
-        old = sorted(work / name for name in os.listdir(work) if (of := _JOURNAL.fullmatch(name)) and of[1] == stem)
         try:
+            old = sorted(work / name for name in _names(work) if (of := _JOURNAL.fullmatch(name)) and of[1] == stem)
             journal = Journal(work / f"{stem}.{lease.nonce}.journal", head)
         except DataError:
             lease.release()
@@ -217,13 +223,20 @@ class Claims:
         with self._lock:
             self._mine.append(claim)
         for path in old:
-            with contextlib.suppress(FileNotFoundError):  # another took this shard over from us, already
+            try:
                 for i, record in enumerate(replay(path, head, writer.dtype, writer.channels, writer.dims)):
                     if i < claim.known:
                         continue  # as in another one: all have the same clips in the same order
                     if i >= len(shard.rows) or not self._same(shard.rows[i], record):
                         break  # its caption or path has changed
                     claim.keep(record)
+            except FileNotFoundError:  # another took this shard over from us, already
+                continue
+            except OSError as error:
+                raise DataError(
+                    f"{shown(path)}: can't read the journal: {error.strerror or error}; see to it, or remove it, which "
+                    "costs the clips in it, and run again"
+                ) from None
         if old:
             journal.sync()
             for path in old:
@@ -244,6 +257,15 @@ class Claims:
                         claim.lease.beat()  # one that was lost is seen where it matters
                     except OSError as error:  # the job will meet that too, and end with it
                         log.warning("heartbeat of %s not written: %s", claim.shard.name, error)
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except OSError as error:
+        raise DataError(
+            f"{shown(folder)}: can't look into the cache: {error.strerror or error}; see to it, and run again"
+        ) from None
 
 
 def remove_leftovers(folder: Path) -> list[str]:

@@ -112,7 +112,12 @@ class Journal:
         data = bytearray(math.prod(shape) * dtype.itemsize)
         done = 0
         while done < len(data):
-            got = os.preadv(self._fd, [memoryview(data)[done:]], start + done)
+            try:
+                got = os.preadv(self._fd, [memoryview(data)[done:]], start + done)
+            except OSError as error:
+                raise DataError(
+                    f"{shown(self.path)}: can't read the journal: {error.strerror or error}; run again"
+                ) from None
             if not got:
                 break
             done += got
