@@ -334,7 +334,7 @@ class AdversarialConfig(Section):
     start_step: int = Field(1000, ge=0, description="first step with it: an autoencoder that knows nothing is no match")
     channels: int = Field(64, ge=8, multiple_of=8, description="of the discriminator's first layer")
     layers: int = Field(3, ge=1, le=6, description="layers that halve height and width")
-    lr: float = Field(2e-4, gt=0, description="of Adam, constant")
+    lr: float = Field(2e-4, gt=0, le=10, description="of Adam, constant")
 
 
 class TrainVaeConfig(Section):
@@ -356,7 +356,10 @@ class TrainVaeConfig(Section):
         None, ge=1, description="and on crops of this side; not for classes that pool over frames (AutoencoderKLCosmos)"
     )
     lr: float = Field(
-        0.03, gt=0, description="of Muon, at its peak: linear warm-up over 100 steps, then cosine decay to 1 % of it"
+        0.03,
+        gt=0,
+        le=10,
+        description="of Muon, at its peak: linear warm-up over 100 steps, then cosine decay to 1 % of it",
     )
     l1_weight: float = Field(0.0, ge=0, description="weight of the mean absolute error beside the mean squared error")
     focus: float = Field(

@@ -202,6 +202,25 @@ def test_a_loss_that_is_not_finite_is_refused_and_changes_nothing() -> None:
     assert all(torch.equal(v, before[k]) or v.isnan().any() for k, v in vae.module.state_dict().items())
 
 
+def test_a_gradient_that_is_not_finite_is_refused_and_changes_nothing() -> None:
+    trainer, vae = trainer_of([render(scene_of(2, 0, frames=[9], sizes=[(64, 64)]))])
+    before = {k: v.clone() for k, v in vae.module.state_dict().items()}
+    next(vae.module.decoder.parameters()).register_hook(lambda grad: grad * float("inf"))
+    with pytest.raises(NumericsError, match=r"train_vae: gradient norm (inf|nan) at step 0; lower train_vae.lr"):
+        trainer.train_step()
+    assert trainer.step == 0 and all(torch.equal(v, before[k]) for k, v in vae.module.state_dict().items())
+
+
+def test_an_autoencoder_that_gives_what_is_not_finite_is_no_result(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = at(tmp_path, world, steps=1)
+    monkeypatch.setattr(train_vae, "psnr_db", lambda *_: float("nan"))
+    with pytest.raises(NumericsError, match=r"psnr_db of what .*/vae makes of the clips held out is not finite; lower"):
+        train_vae.run(config, Task(config.run_dir, "train-vae"))
+    assert not (config.run_dir / "train_vae/result.json").exists()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Data
 

@@ -94,6 +94,11 @@ def run(config: Config, task: Task) -> None:
         dist.all_gather_object(shared, rows)
         if task.rank == 0:
             result = summary([row for rows in shared for row in rows])
+            if bad := [name for name, value in result.items() if value is not None and not np.isfinite(value).all()]:
+                raise NumericsError(
+                    f"train_vae: {bad[0]} of what {spec.out} makes of the clips held out is not finite; "
+                    f"lower train_vae.lr (now {spec.lr})"
+                )
             write_json(folder / "result.json", result)
             log.info("wrote %s: %s", spec.out, json.dumps(result))
 
@@ -283,7 +288,7 @@ class Trainer:
             loss, its terms but for their weights, and `discriminator`, where they are on; of the whole batch.
 
         Raises:
-            NumericsError: a loss is not finite; nothing was changed.
+            NumericsError: a loss or gradient is not finite; nothing was changed.
         """
         spec, adversarial = self.spec, self.spec.adversarial
         x = self._pixels(self.batches.next(self.step))
@@ -321,7 +326,11 @@ class Trainer:
             raise NumericsError(
                 f"train_vae: {bad[0]} {found[bad[0]]} at step {self.step}; lower train_vae.lr (now {spec.lr})"
             )
-        torch.nn.utils.clip_grad_norm_(self.vae.module.parameters(), 1.0)
+        norm = float(torch.nn.utils.clip_grad_norm_(self.vae.module.parameters(), 1.0))
+        if not math.isfinite(norm):
+            raise NumericsError(
+                f"train_vae: gradient norm {norm} at step {self.step}; lower train_vae.lr (now {spec.lr})"
+            )
         warm = min(1.0, (self.step + 1) / WARMUP_STEPS)
         cosine = 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * self.step / spec.steps))
         for name, optimizer in self.optimizers.items():
