@@ -26,7 +26,7 @@ from videos import shots
 from sorahpc import lease
 from sorahpc.config import Config
 from sorahpc.configfile import parse_config
-from sorahpc.data import claims, isolate
+from sorahpc.data import cache, claims, isolate
 from sorahpc.data.cache import INDEX
 from sorahpc.data.claims import WORK
 from sorahpc.data.decode import ClipPlan, decode
@@ -516,6 +516,25 @@ def test_a_file_that_is_another_one_now_is_not_kept_under_the_key_of_the_first(w
     prepare.run(config, Task(config.run_dir, "prepare"))
     encode.run(config, task(config))
     assert LatentCache(config.cache_dir).keys == [v.key for v in usable(config)] and len(usable(config)) == 5
+
+
+def test_what_is_done_is_counted_anew_when_a_shard_is_there_and_not_at_each_clip(tmp_path: Path) -> None:
+    class Rows(list[int]):
+        counted = 0
+
+        def __len__(self) -> int:
+            Rows.counted += 1
+            return super().__len__()
+
+    shards = [cache.PlannedShard(f"shard-{i:016x}.h5", Rows([2 * i, 2 * i + 1])) for i in range(9)]  # type: ignore[arg-type]
+    (tmp_path / "cache.json").write_text("{}")
+    made = claims.Claims(tmp_path, shards, shards[::2], lambda shard: None, lambda row, record: True, "")  # type: ignore[arg-type,return-value]
+    assert made.clips() == 0 and Rows.counted == 0
+    for there, clips in ((1, 0), (2, 2), (4, 4)):
+        (tmp_path / shards[there].name).touch()
+        made.missing()
+        assert [made.clips() for _ in range(50)] == [clips] * 50
+    assert Rows.counted <= 5
 
 
 def test_a_shard_that_is_taken_over_while_it_is_written_is_left_to_the_other(

@@ -78,6 +78,7 @@ class Claims:
     Args:
         folder: of the cache.
         order: the shards of the plan, as this task shall try them.
+        share: those of them whose clips `clips` counts.
         writer: makes the writer of a shard.
         same: whether a record is of the clip in this row of the manifest, as it is to be encoded now.
         launch, restart: as of `Lease`, but the launch is of this task alone.
@@ -87,6 +88,7 @@ class Claims:
         self,
         folder: Path,
         order: Sequence[PlannedShard],
+        share: Sequence[PlannedShard],
         writer: Callable[[PlannedShard], ShardWriter],
         same: Callable[[int, Record], bool],
         launch: str,
@@ -94,9 +96,10 @@ class Claims:
     ) -> None:
         self._folder, self._writer, self._same, self._launch, self._restart = folder, writer, same, launch, restart
         self._missing = {shard.name: shard for shard in order}
+        self.share, self._counted = share, (len(order), 0)  # missing shards, and the clips of those that are not
         self._cache_sha256 = hashlib.sha256((folder / INFO).read_bytes()).hexdigest()
         self._mine: list[Claim] = []
-        self._lock = threading.Lock()  # of the three above, and between a heartbeat and the end of its lease
+        self._lock = threading.Lock()  # of what is above, and between a heartbeat and the end of its lease
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="claims", daemon=True)
 
@@ -119,11 +122,15 @@ class Claims:
                 self._missing.pop(name, None)
             return set(self._missing)
 
-    def clips(self, share: Sequence[PlannedShard]) -> int:
-        """How many clips of a share were in shards when last looked, together with those that this task holds."""
+    def clips(self) -> int:
+        """How many clips of the share were in shards when last looked, together with those that this task holds."""
         with self._lock:
-            known = sum(claim.known for claim in self._mine)
-            return known + sum(len(shard.rows) for shard in share if shard.name not in self._missing)
+            if self._counted[0] != len(
+                self._missing
+            ):  # asked for at each of a million clips, it may not count them all
+                there = sum(len(shard.rows) for shard in self.share if shard.name not in self._missing)
+                self._counted = len(self._missing), there
+            return self._counted[1] + sum(claim.known for claim in self._mine)
 
     def take(self) -> Claim | None:
         """Claim a shard, with what is known of its clips; None where others hold all that are missing.

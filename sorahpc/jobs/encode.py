@@ -129,18 +129,19 @@ def run(config: Config, task: Task) -> None:
         captions = clean_caption(video.caption), clean_caption(detailed.get(video.key, ""))
         return found == (video.key, shown(video.path), *captions)
 
+    share = plan[task.rank :: task.world_size] if task.rank < task.world_size else []  # of who joined later: none
     claims = Claims(
         folder,
         # Its own by turns first, so that tasks which start together don't all ask for the same.
         [plan[i] for i in sorted(range(len(plan)), key=lambda i: (i - task.rank) % task.world_size)],
+        share,  # so that each clip is reported once
         lambda shard: ShardWriter(folder, shard.name, config.encode.dtype, vae.channels, texts.dims),
         same,
         f"{task.launch}:{task.rank}",
         task.restart,
     )
-    share = plan[task.rank :: task.world_size] if task.rank < task.world_size else []  # of who joined later: none
     most_ahead = max(AHEAD, config.encode.resources.cpus_per_task)
-    _Line(task, claims, share, every, vae, config.clip.fps, ready, most_ahead).run()
+    _Line(task, claims, every, vae, config.clip.fps, ready, most_ahead).run()
     if _finish(folder, plan):
         for name in remove_leftovers(folder):
             log.info("removed %s, which a killed task left", shown(folder / WORK / name))
@@ -162,7 +163,6 @@ class _Line:
     """The way of the clips: the next ones are made ready while the VAE has one, and the shard before is written.
 
     Args:
-        share: the shards whose clips this task reports, so that each is reported once.
         every: the rows of the manifest. ready: from a row of it to what the VAE takes; so for `most_ahead` at a time.
     """
 
@@ -170,16 +170,15 @@ class _Line:
         self,
         task: Task,
         claims: Claims,
-        share: list[PlannedShard],
         every: list[Video],
         vae: Vae,
         fps: float,
         ready: Callable[[int], _Ready],
         most_ahead: int,
     ) -> None:
-        self.task, self.claims, self.share, self.every = task, claims, share, every
+        self.task, self.claims, self.every = task, claims, every
         self.vae, self.fps, self.ready, self.most_ahead = vae, fps, ready, most_ahead
-        self.total = sum(len(shard.rows) for shard in share)
+        self.total = sum(len(shard.rows) for shard in claims.share)
         self.ahead: deque[tuple[Claim, int, Future[_Ready]]] = deque()
         self.filling: Claim | None = None  # whose clips are next
         self.rows: deque[int] = deque()  # of it, that are not ahead yet
@@ -281,7 +280,7 @@ class _Line:
 
     def _report(self) -> int:
         """Returns the clips that are done of those that this task reports."""
-        done = min(self.claims.clips(self.share), self.total)
+        done = min(self.claims.clips(), self.total)
         self.task.report(done, self.total, "clip")
         return done
 
