@@ -222,6 +222,24 @@ def test_a_task_that_is_killed_costs_one_clip_and_another_that_comes_later_goes_
     assert content(config) == content(other) and list((config.cache_dir / WORK).iterdir()) == []
 
 
+def test_what_a_killed_task_left_of_a_shard_that_is_planned_no_more_goes_a_day_later(
+    world: Path, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    config = prepared(world, "planned_no_more", encode={"clips_per_shard": 7})
+    first = start(config, 0, 1, tmp_path / "told")
+    wait_for(lambda: len(keys_in(tmp_path / "told")) >= 3, "three clips")
+    os.kill(first.pid, signal.SIGKILL)  # type: ignore[arg-type]
+    first.join()
+    config = prepared(world, "planned_no_more")
+    encode.run(config, task(config))
+    left = sorted((config.cache_dir / WORK).iterdir())
+    assert content(config) == whole and {p.suffix for p in left} == {".journal", ".lease"}
+    for path in left:
+        os.utime(path, (time.time() - claims.LEFT_AFTER_S - 1,) * 2)
+    encode.run(config, task(config))
+    assert content(config) == whole and list((config.cache_dir / WORK).iterdir()) == []
+
+
 def test_a_task_that_slept_finds_that_its_shard_was_taken_over_and_spoils_nothing(
     world: Path, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

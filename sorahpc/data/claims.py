@@ -33,6 +33,7 @@ from sorahpc.runs import read_state
 log = logging.getLogger(__name__)
 
 WORK = ".work"
+LEFT_AFTER_S = 86400.0
 _JOURNAL = re.compile(r"(shard-[0-9a-f]{16})\.[0-9a-f]{32}\.journal")
 
 
@@ -276,7 +277,8 @@ def _names(folder: Path) -> list[str]:
 
 
 def remove_leftovers(folder: Path) -> list[str]:
-    """Delete what killed tasks left in `.work` of shards that are there, but for those that somebody holds.
+    """Delete what killed tasks left in `.work` of shards that are there, but for those that somebody holds. To be
+    called when all shards of the plan are there: of others, planned no more, what is a day old goes too.
 
     Returns:
         the names of what was deleted.
@@ -285,13 +287,15 @@ def remove_leftovers(folder: Path) -> list[str]:
     for name in sorted(os.listdir(folder / WORK)) if WORK in there else []:
         path = folder / WORK / name
         of = re.match(r"\.*(shard-[0-9a-f]{16})\.", name)
-        if of is None or f"{of[1]}.h5" not in there:
+        if of is None:
             continue
         lease = _ShardLease(folder / WORK / f"{of[1]}.lease", "", "")
         holder = read_state(lease.path)
         with contextlib.suppress(FileNotFoundError):  # others do the same
             # What begins with a dot is on its way to be a lease, of one who hasn't seen that the shard is there.
-            young = name.startswith(".") and time.time() - path.stat().st_mtime < STALE_AFTER_S
+            # What is of no shard that is there may be of another manifest, whose run will go on with it.
+            keep_s = LEFT_AFTER_S if f"{of[1]}.h5" not in there else STALE_AFTER_S if name.startswith(".") else 0.0
+            young = keep_s > 0 and time.time() - path.stat().st_mtime < keep_s
             if not young and (holder is None or not lease.blocked_by(holder)):
                 path.unlink()
                 removed.append(name)
