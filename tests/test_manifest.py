@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 
 import pyarrow as pa
@@ -71,9 +72,20 @@ def altered(tmp_path: Path, **columns: object) -> Path:
         ({"hash": pa.array([None, "../etc"])}, "row 1: hash: 48 hex digits expected"),
         ({"start_s": pa.array([0.0, None])}, "column `start_s` has 1 empty values"),
         (
-            {"key": pa.array([OK.key] * 2), "status": pa.array(["ok"] * 2)},
+            {
+                "key": pa.array([OK.key] * 2),
+                "status": pa.array(["ok"] * 2),
+                "frames": pa.array([9, 9]),
+                "width": pa.array([64, 64], pa.int32()),
+                "height": pa.array([64, 64], pa.int32()),
+            },
             "row 1: key 0123456789abcdef is also that of row 0",
         ),
+        ({"hash": pa.array(["", None])}, "row 0: hash: 48 hex digits expected, found ''"),
+        ({"width": pa.array([-5, 0], pa.int32())}, "row 0: width: 1 or more expected, found -5"),
+        ({"duration_s": pa.array([math.nan, 0.0])}, "row 0: duration_s: a number from 0 expected, found nan"),
+        ({"fps": pa.array([math.inf, 0.0])}, "row 0: fps: a number from 0 expected, found inf"),
+        ({"hash": pa.array(["0" * 48, None])}, "row 0: luma: a number expected, as it has a hash, found None"),
     ],
 )
 def test_a_manifest_that_is_not_one_is_refused_by_file_and_column(tmp_path: Path, columns: dict, message: str) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -92,6 +93,7 @@ _MEASURES = {
     "static": pa.float64(),
     "hash": pa.string(),
 }
+_NUMBERS = [name for name in _MEASURES if name != "hash"]
 _TYPES = {
     **_FIRST_TYPES,
     "start_s": pa.float64(),
@@ -146,6 +148,21 @@ def read_manifest(path: Path) -> list[Video]:
     return videos
 
 
+def _fault(video: Video) -> str:
+    """What can't be in the row of a usable clip, as another program may have left it."""
+    for field in ("frames", "width", "height"):
+        if getattr(video, field) < 1:
+            return f"{field}: 1 or more expected, found {getattr(video, field)}"
+    for field in ("fps", "duration_s", "start_s"):
+        if not 0 <= getattr(video, field) < math.inf:
+            return f"{field}: a number from 0 expected, found {getattr(video, field)}"
+    for field in _NUMBERS if video.measured else ():
+        value = getattr(video, field)
+        if value is None or not math.isfinite(value):
+            return f"{field}: a number expected, as it has a hash, found {value}"
+    return ""
+
+
 def read_rows(path: Path) -> tuple[list[Video], dict[str, Any]]:
     """As `read_manifest`, also of a part of one, in which a clip may come twice; and how prepare made it."""
     name = shown(path)
@@ -189,8 +206,10 @@ def read_rows(path: Path) -> tuple[list[Video], dict[str, Any]]:
             raise DataError(f"{name}: row {i}: status `ok` or `rejected` expected, found {video.status!r}")
         if video.ok and not _KEY.fullmatch(video.key):
             raise DataError(f"{name}: row {i}: key: 16 hex digits expected, found {video.key!r}")
-        if video.hash and not _HASH.fullmatch(video.hash):
+        if video.hash is not None and not _HASH.fullmatch(video.hash):
             raise DataError(f"{name}: row {i}: hash: 48 hex digits expected, found {video.hash!r}")
+        if video.ok and (fault := _fault(video)):
+            raise DataError(f"{name}: row {i}: {fault}; mend it, or delete it and run `sorahpc prepare` again")
     try:
         made = json.loads(metadata.get(_MADE_KEY, b"{}"))
     except (ValueError, RecursionError):
