@@ -648,6 +648,15 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _tokens(self) -> Config:
+        if self.train and self.clip.max_tokens and self.clip.max_tokens > self.train.tokens_per_pack:
+            raise ValueError(
+                f"clip.max_tokens: at most train.tokens_per_pack = {self.train.tokens_per_pack}, since a clip lies in "
+                f"one pack, not {self.clip.max_tokens}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _expander(self) -> Config:
         if self.sample and self.sample.expand and self.caption is None:
             raise ValueError("sample.expand: false, or a section `caption` that says by which model")

@@ -56,9 +56,9 @@ def is_dead(who: dict[str, Any]) -> bool | None:
 
 
 def is_fresh(holder: dict[str, Any]) -> bool:
-    """Whether it had a heartbeat lately."""
+    """Whether it had a heartbeat lately. One that is as far ahead is none: it would count for ever."""
     beat = holder.get("heartbeat")
-    return isinstance(beat, (int, float)) and time.time() - beat < STALE_AFTER_S
+    return isinstance(beat, (int, float)) and abs(time.time() - beat) < STALE_AFTER_S
 
 
 def is_alive(holder: dict[str, Any]) -> bool:

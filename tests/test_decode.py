@@ -12,6 +12,7 @@ from typing import Any
 import av
 import numpy as np
 import pytest
+import tiny
 from av.filter import Graph
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,6 +20,7 @@ from pydantic import ValidationError
 from videos import NOTHING, claim_matrix, cut, numbered, numbers, recording, write_video
 
 from sorahpc.config import ClipConfig
+from sorahpc.configfile import parse_config
 from sorahpc.data import decode as decode_module
 from sorahpc.data import frames as frames_module
 from sorahpc.data.decode import ClipPlan, VideoError, decode, plan_clip, probe
@@ -355,6 +357,8 @@ def test_a_budget_of_tokens_that_a_clip_keeps_changes_nothing() -> None:
     assert (kept.height, kept.width, len(kept.times_s)) == (free.height, free.width, 13)
     with pytest.raises(VideoError, match=r"too many tokens: over clip.max_tokens=3 with clip.min_frames=17 at 256 px"):
         plan(video, max_area_px=65_536, max_tokens=3, min_frames=17)
+    with pytest.raises(ConfigError, match=r"clip.max_tokens: expected at most train.tokens_per_pack = 8, .* not 9"):
+        parse_config(tiny.config_data(clip={"max_tokens": 9}))
     with pytest.raises(ValidationError, match="min_area_px: only with max_tokens"):
         ClipConfig(min_area_px=256)
 
