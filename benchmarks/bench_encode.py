@@ -107,9 +107,7 @@ def measure(folder: Path, case: str, count: int, rounds: int, threads: int) -> d
     texts = load_texts(config.text, device)
     rows = read_manifest(config.run_dir / MANIFEST)
     assert all(row.ok for row in rows), [row.reason for row in rows]
-    plans = [
-        plan_clip(row, config.clip, stride=vae.stride, patch=(1, 1, 1), floor_frames=vae.floor_frames) for row in rows
-    ]
+    plans = [plan_clip(row, config.clip, stride=vae.stride, patch=(1, 1, 1), lengths=vae.lengths) for row in rows]
     pixels = [decode_by("pyav", row.path, plan)[0] for row, plan in zip(rows, plans, strict=True)]
     frames = sum(len(clip) for clip in pixels)
     took = {"vae": 0.0, "vae_cpu": 0.0}
