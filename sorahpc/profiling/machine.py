@@ -19,9 +19,13 @@ def device_name(device: torch.device) -> str:
         import torch  # here, so that names of files are known without it
 
         return torch.cuda.get_device_name(device)
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []:
-        if line.startswith("model name"):
-            return f"{line.split(':')[1].strip()}, {os.cpu_count()} cores"
+    cpuinfo = Path("/proc/cpuinfo")
+    first = cpuinfo.read_text().split("\n\n")[0] if cpuinfo.is_file() else ""
+    found = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())}
+    if "model name" in found:
+        # A virtual machine may call processors with and without AVX-512 by one name.
+        which = f" (family {found['cpu family']}, model {found['model']})" if "cpu family" in found else ""
+        return f"{found['model name']}{which}, {os.cpu_count()} cores"
     return platform.processor() or platform.machine()
 
 
