@@ -12,7 +12,6 @@ benchmarks/results/cache_<date>_<device>.csv, replacing those of the same size.
 from __future__ import annotations
 
 import argparse
-import csv
 import functools
 import io
 import os
@@ -33,6 +32,7 @@ import pyarrow.parquet as pq
 import safetensors
 import torch
 from safetensors.torch import save_file
+from table import read_rows, write_rows
 
 from sorahpc.data import latents
 from sorahpc.ops._library import native
@@ -193,7 +193,7 @@ def main() -> None:
             shutil.rmtree(folder)
         kb = new[0]["sample_kb"]
         rows = [row for row in rows if float(row["sample_kb"]) != kb] + [{**about, **row} for row in new]
-        write_rows(out, rows)
+        write_rows(out, FIELDS, rows)
     print(out)
 
 
@@ -234,21 +234,6 @@ def measure(folder: Path, shape: tuple[int, ...], rounds: int) -> list[dict[str,
             )  # fmt: skip
             print(*rows[-1].values(), sep="\t", flush=True)
     return rows
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.parent.mkdir(exist_ok=True)
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 if __name__ == "__main__":

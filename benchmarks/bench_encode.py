@@ -18,7 +18,6 @@ those of the same case and threads.
 from __future__ import annotations
 
 import argparse
-import csv
 import logging
 import os
 import platform
@@ -35,6 +34,7 @@ import av
 import h5py
 import numpy as np
 import torch
+from table import read_rows, write_rows
 
 from sorahpc.config import Config
 from sorahpc.configfile import parse_config
@@ -211,23 +211,8 @@ def main() -> None:
                 shutil.rmtree(folder)
             print(*(f"{name}={value}" for name, value in new.items()), flush=True)
             rows = [row for row in rows if (row["case"], int(row["threads"])) != (case, threads)] + [{**about, **new}]
-            write_rows(out, rows)
+            write_rows(out, FIELDS, rows)
     print(out)
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.parent.mkdir(exist_ok=True)
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 if __name__ == "__main__":
