@@ -217,15 +217,20 @@ def _requests(fd: int, size: int) -> tuple[np.ndarray, int]:
 
 @needs_native
 @pytest.mark.parametrize("threads", [1, 2, 7])
+@pytest.mark.parametrize("in_memory", ["all", "none", "the end"])
 def test_compiled_reads_equal_those_of_python_also_at_the_end_of_the_file_and_of_a_bad_descriptor(
-    tmp_path: Path, threads: int
+    tmp_path: Path, threads: int, in_memory: str
 ) -> None:
     (tmp_path / "x").write_bytes(np.random.default_rng(0).bytes(700_001))
     with open(tmp_path / "x", "rb") as file:
+        os.fsync(file.fileno())  # what isn't on disk can't be dropped
         requests, size = _requests(file.fileno(), 700_001)
         outs = [np.zeros(size, np.uint8), np.zeros(size, np.uint8)]
         results = [np.full((len(requests), 3), -1, np.int64) for _ in outs]
         module.read_batch(requests, results[0], outs[0])
+        drop = {"all": 0, "none": 700_001, "the end": 400_000}[in_memory]
+        if drop:  # a length of 0 would be all of it
+            os.posix_fadvise(file.fileno(), 0, drop, os.POSIX_FADV_DONTNEED)
         native().read_batch(requests, results[1], outs[1], threads, True)
         assert (outs[0] == outs[1]).all() and (results[0] == results[1]).all()
         assert (results[0][:, 0] == 9).sum() == 4 and (results[0][:, 1] < requests[:, 2]).sum() > 10
