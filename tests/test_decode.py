@@ -21,6 +21,7 @@ from videos import NOTHING, claim_matrix, cut, numbered, numbers, recording, wri
 
 from sorahpc.config import ClipConfig
 from sorahpc.configfile import parse_config
+from sorahpc.data import container
 from sorahpc.data import decode as decode_module
 from sorahpc.data import frames as frames_module
 from sorahpc.data.decode import ClipPlan, VideoError, decode, plan_clip, probe
@@ -202,13 +203,13 @@ def test_a_name_is_a_file_and_nothing_else(tmp_path: Path, monkeypatch: pytest.M
 def test_hostile_sizes_are_refused_before_anything_is_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_video(tmp_path / "a.mp4", numbered(3))
     clip = np.empty((1, 64, 64, 3), np.uint8)
-    monkeypatch.setattr(frames_module, "MAX_PIXELS", 64 * 64 - 1)
+    monkeypatch.setattr(container, "MAX_PIXELS", 64 * 64 - 1)
     for use in (frames_module.probe, lambda f: frames_module.decode(f, at(64, 64, 0), clip)):
-        with path.open("rb") as file, pytest.raises(frames_module.Unusable, match="too large: 64x64 px, at most 4095"):
+        with path.open("rb") as file, pytest.raises(container.Unusable, match="too large: 64x64 px, at most 4095"):
             use(file)
-    monkeypatch.setattr(frames_module, "MAX_PIXELS", 64 * 64)
+    monkeypatch.setattr(container, "MAX_PIXELS", 64 * 64)
     monkeypatch.setattr(frames_module, "MAX_FRAMES", 2)
-    with path.open("rb") as file, pytest.raises(frames_module.Unusable, match="too long: more than 2 frames"):
+    with path.open("rb") as file, pytest.raises(container.Unusable, match="too long: more than 2 frames"):
         frames_module.probe(file)
 
 

@@ -31,8 +31,8 @@ PLAN = ClipPlan((0.0, 0.5, 1.0), 64, 64)
 FAULTY = """
 import ctypes, os, sys, time
 sys.path[:] = sys.argv[3:]
-from sorahpc.data import frames, isolate
-real, served = frames.serve, []
+from sorahpc.data import child, isolate
+real, served = child.serve, []
 
 def bomb():
     held = []
@@ -63,10 +63,10 @@ def serve(request, file, memory):
     except MemoryError:
         raise
     except Exception as error:
-        frames.decode = frames.probe = lambda *_, error=error: (_ for _ in ()).throw(error)
+        child.decode = child.probe = lambda *_, error=error: (_ for _ in ()).throw(error)
     return real(request, file, memory)
 
-frames.serve = serve
+child.serve = serve
 isolate.serve(*map(int, sys.argv[1:3]))
 """
 

@@ -1,7 +1,8 @@
-"""NVIDIA DALI, the second decoder: frames of a video by their numbers. Runs in the child process, as frames.py does.
+"""NVIDIA DALI, the second decoder. Runs in the child process, as frames.py does.
 
-Where there is a CUDA device its NVDEC reads the file, elsewhere DALI's own CPU codecs. Both give RGB by BT.601 whatever
-the stream says, in the range that it flags, with chroma interpolated; frames.py puts the matrix right.
+Where there is a CUDA device its NVDEC reads the file, elsewhere DALI's own CPU codecs. Both give frames by their
+numbers, as RGB by BT.601 whatever the stream says, in the range that it flags, with chroma interpolated. Here it is
+found out when frames are shown, and the matrix is put right.
 """
 
 from __future__ import annotations
@@ -9,14 +10,24 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-from typing import Any
+import os
+from typing import IO, Any
 
+import av
 import numpy as np
+from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
+
+from sorahpc.data.container import Unusable, ffmpeg_words, opened
+from sorahpc.data.frames import TIME_TOLERANCE_S, ClipPlan
+from sorahpc.data.pictures import colorspace_of, is_unusual, pixels, turn_of
 
 MAX_FILE_BYTES = 256 << 20  # a file is handed over whole, in memory
 _CPU = ("vp8", "vp9", "mjpeg")
 _GPU = ("vp9", "mjpeg", "h264", "hevc", "av1", "mpeg4")
 _EIGHT_BITS = ("yuv420p", "yuvj420p", "nv12")
+_AVCOL_SPC_SMPTE170M = 6  # as in a frame; it is BT.601's
+_MAX_CLIPPED = 1e-3  # such a pixel is up to 30 levels off
+_HELD_BYTES = 256 << 20  # of frames that are held at a time
 
 
 def installed() -> bool:
@@ -70,3 +81,88 @@ def read(data: np.ndarray, numbers: list[int], gpu: int) -> np.ndarray:
     device = f"gpu:{gpu}" if _on_gpu() else "cpu"
     frames = _dynamic().decoders.video(data, device=device, frames=numbers)
     return np.asarray(frames.cpu())
+
+
+def decode_dali(file: IO[bytes], plan: ClipPlan, clip: np.ndarray, gpu: int) -> None:
+    """As `decode`, with the frames from DALI: from PyAV come their times, from the packets, and the first of them, for
+    what DALI does not tell. Turning, scaling and cropping are the same code, on RGB in place of YUV.
+
+    Raises:
+        Unusable: DALI can't read it, or would not read it right: a job for `decode`. MemoryError.
+    """
+    with opened(file) as (container, stream):
+        num_bytes = os.fstat(file.fileno()).st_size
+        if refusal := refuses(stream.codec_context.codec.canonical_name, stream.codec_context.pix_fmt, num_bytes):
+            raise Unusable(refusal)
+        first, times_s, ends_s = _timed(container, stream, plan.times_s[-1])
+        if plan.times_s[-1] >= ends_s + TIME_TOLERANCE_S:
+            raise Unusable("truncated")
+        if first.interlaced_frame or is_unusual(first):
+            raise Unusable("interlaced, HDR or of wide gamut: not for DALI")
+        numbers = np.searchsorted(times_s - TIME_TOLERANCE_S, plan.times_s, side="right") - 1
+        told = colorspace_of(first)
+        by_601 = told in (Colorspace.ITU601, Colorspace.ITU624, _AVCOL_SPC_SMPTE170M)
+        reformatter = VideoReformatter()
+        needed = sorted(set(numbers.tolist()))
+        at_once = max(1, _HELD_BYTES // (first.width * first.height * 3))
+        file.seek(0)
+        data = np.frombuffer(file.read(), np.uint8)
+        for i in range(0, len(needed), at_once):
+            group = needed[i : i + at_once]
+            try:
+                pictures = read(data, group, gpu)
+            except RuntimeError as error:
+                raise Unusable(f"DALI: {' '.join(str(error).split())[:200]}") from None
+            if pictures.shape != (len(group), first.height, first.width, 3):
+                raise Unusable(f"DALI: frames of another size: {pictures.shape}")
+            if not by_601 and _clipped(pictures) > _MAX_CLIPPED:
+                raise Unusable("DALI: colours beyond BT.601's RGB, which it takes for a stream of another matrix")
+            for number, picture in zip(group, pictures, strict=True):
+                frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+                if not by_601:  # back by the matrix that DALI took, and again by the stream's own
+                    frame = reformatter.reformat(
+                        frame,
+                        format="yuv444p",
+                        dst_colorspace=Colorspace.ITU601,
+                        dst_color_range=ColorRange.JPEG,
+                        threads=1,
+                    )
+                    frame.colorspace, frame.color_range = told, ColorRange.JPEG
+                clip[numbers == number] = pixels(frame, turn_of(first), stream, (plan.height, plan.width), reformatter)
+
+
+def _clipped(pictures: np.ndarray) -> float:
+    """The largest share in a picture of pixels with a colour that the way to RGB may have cut off."""
+    high, low = pictures.max(-1), pictures.min(-1)
+    cut = ((high == 255) | (low == 0)) & (high - low > 32)  # a grey is a grey by any matrix
+    return float(cut.mean((1, 2)).max())
+
+
+def _timed(container: Any, stream: Any, last_s: float) -> tuple[Any, np.ndarray, float]:
+    """The first frame; when each frame up to a time, or a few more, comes on screen, in seconds from the first one,
+    float64 [N]; and when the last of these ends. Raises Unusable where packets don't say."""
+    first = None
+    pts: list[int] = []
+    end = 0
+    rate = stream.average_rate or stream.guessed_rate
+    step = 1 / (rate * stream.time_base) if rate else 0
+    try:
+        for packet in container.demux(stream):
+            if first is None:
+                first = next(iter(packet.decode()), None)
+            if not packet.size:
+                continue
+            if packet.pts is None or packet.dts is None or packet.is_discard or packet.is_corrupt:
+                raise Unusable("its packets don't say which frames are shown, and when")
+            pts.append(packet.pts)
+            end = max(end, packet.pts + (packet.duration or step))
+            # No later packet is presented before its decoding time.
+            if first is not None and float((packet.dts - min(pts)) * stream.time_base) > last_s + 1:
+                break
+    except av.FFmpegError as error:
+        raise Unusable(f"corrupt: {ffmpeg_words(error)}") from None
+    if first is None or not pts:
+        raise Unusable("no frames: nothing could be decoded")
+    times = np.sort(np.asarray(pts, np.int64))
+    base = float(stream.time_base)
+    return first, (times - times[0]) * base, float(end - int(times[0])) * base

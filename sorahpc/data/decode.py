@@ -2,7 +2,7 @@
 
 Files are untrusted. They are opened here, as files and not by name (a name is never read as a URL or a pattern), and
 must be regular (a FIFO would hang). What is in them is looked at by a child process (sorahpc.data.isolate), with the
-code of sorahpc.data.frames; parallelism is over files, by threads that each ask a child of their own.
+code of sorahpc.data.child; parallelism is over files, by threads that each ask a child of their own.
 """
 
 from __future__ import annotations

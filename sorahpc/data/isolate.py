@@ -214,7 +214,7 @@ def ask(
     """Have a request about a file served by a child that nobody uses, or a new one. Any thread may ask.
 
     Returns:
-        the answer (see `frames.serve`), and the first `num_bytes` of what it wrote, uint8, empty if it wrote nothing.
+        the answer (see `child.serve`), and the first `num_bytes` of what it wrote, uint8, empty if it wrote nothing.
 
     Raises:
         Failed: a fresh child too crashed on it, took too long or needed too much memory.
@@ -265,7 +265,7 @@ os.register_at_fork(after_in_child=_after_fork)
 
 def serve(fd: int, max_memory_bytes: int) -> None:
     """Serve requests until the parent is gone. The whole life of a child."""
-    from sorahpc.data import frames
+    from sorahpc.data import child
 
     connection = socket.socket(fileno=fd)
     # While a file is read, the end of the parent is a SIGIO, which ends this process. From the kernel: a decoder may
@@ -301,7 +301,7 @@ def serve(fd: int, max_memory_bytes: int) -> None:
             os.close(handles[1])
         with os.fdopen(handles[0], "rb") as file:
             try:
-                answer = frames.serve(request, file, memory)
+                answer = child.serve(request, file, memory)
             except MemoryError:
                 answer = {"memory": True}
         fcntl.fcntl(connection, fcntl.F_SETFL, flags)
