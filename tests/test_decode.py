@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import io
 import math
 import os
 import socket
@@ -187,6 +189,25 @@ def test_a_file_that_may_not_be_read_is_refused(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(decode_module.os, "open", denied)
     with pytest.raises(VideoError, match="can't read: Permission denied"):
         probe(tmp_path / "a.mp4")
+
+
+@pytest.mark.parametrize("reads", [0, 1, 2])
+def test_what_the_file_system_does_not_give_is_not_told_as_a_fault_of_the_video(tmp_path: Path, reads: int) -> None:
+    """Reading fails at the first bytes, while FFmpeg opens the file, and in the middle of it."""
+    noise = np.random.default_rng(0).integers(0, 255, (20, 128, 128, 3), dtype=np.uint8)
+    left = [reads]
+
+    class Away(io.FileIO):
+        def read(self, size: int | None = -1) -> bytes:
+            left[0] -= 1
+            if left[0] < 0:
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+            return super().read(size)
+
+    with Away(write_video(tmp_path / "noise.mp4", noise)) as file:
+        answer = frames_module.serve({"what": "probe"}, file, None)
+    assert answer == {"unusable": "can't read: Stale file handle"}
+    assert VideoError("a.mp4", answer["unusable"]).may_pass and not VideoError("a.mp4", "corrupt: x").may_pass
 
 
 def test_a_name_is_a_file_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

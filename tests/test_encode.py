@@ -536,6 +536,79 @@ def test_a_file_that_is_another_one_now_is_not_kept_under_the_key_of_the_first(w
     assert LatentCache(config.cache_dir).keys == [v.key for v in usable(config)] and len(usable(config)) == 5
 
 
+@pytest.mark.parametrize(("number", "times"), [(errno.ESTALE, 1), (errno.EIO, 2)])
+def test_a_file_that_the_file_system_does_not_give_is_tried_twice_before_it_is_rejected(
+    world: Path,
+    whole: dict[str, bytes],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    number: int,
+    times: int,
+) -> None:
+    config, real, opened = prepared(world, f"away{times}"), os.open, []
+
+    def opens(path: object, *rest: object, **more: object) -> int:
+        if str(path).endswith("000005.mp4"):
+            opened.append(path)
+            if len(opened) <= times:
+                raise OSError(number, os.strerror(number), path)
+        return real(path, *rest, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(os, "open", opens)
+    monkeypatch.setattr(encode, "RETRY_AFTER_S", 0.0)
+    encode.run(config, task(config))
+    lines = [r.getMessage() for r in caplog.records if "000005.mp4" in r.getMessage()]
+    reason = f"000005.mp4: can't read: {os.strerror(number)}"
+    assert f"{reason}; tried once more" in lines[0] and len(opened) == 2
+    if times == 1:
+        assert content(config) == whole and len(lines) == 1
+    else:
+        rejected = json.loads((config.cache_dir / "rejected.json").read_text())
+        assert [r["reason"] for r in rejected if "000005" in r["source"]] == [f"can't read: {os.strerror(number)}"]
+        assert f"{reason} (tried twice)" in lines[1]
+
+
+# A decoder's process that is killed, as by a kernel out of memory, the first time that it is given a certain file.
+KILLED = """
+import os, sys
+sys.path[:] = sys.argv[3:]
+from sorahpc.data import frames, isolate
+real = frames.serve
+
+def serve(request, file, memory):
+    if os.path.exists({first!r}) and os.pread(file.fileno(), 1 << 20, 0) == open({victim!r}, "rb").read():
+        os.unlink({first!r})
+        os.kill(os.getpid(), 9)
+    return real(request, file, memory)
+
+frames.serve = serve
+isolate.serve(*map(int, sys.argv[1:3]))
+"""
+
+
+def test_a_clip_whose_decoder_was_killed_for_want_of_memory_is_tried_once_more(
+    world: Path,
+    whole: dict[str, bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    config = prepared(world, "out_of_memory")
+    first = tmp_path / "first"
+    first.touch()
+    # The first of all, since a decoder that has served others is followed by a fresh one before that is a reason.
+    script = KILLED.format(first=str(first), victim=str(world / "videos/000000.mp4"))
+    monkeypatch.setattr(isolate, "_START", script)
+    monkeypatch.setattr(encode, "RETRY_AFTER_S", 0.0)
+    isolate.end_all()
+    try:
+        encode.run(config, task(config))
+    finally:
+        isolate.end_all()
+    assert content(config) == whole and not first.exists()
+    assert "000000.mp4: decoder killed: " in caplog.text and "tried once more" in caplog.text
+
+
 def test_what_is_done_is_counted_anew_when_a_shard_is_there_and_not_at_each_clip(tmp_path: Path) -> None:
     class Rows(list[int]):
         counted = 0

@@ -32,9 +32,12 @@ class Unusable(Exception):
 @contextmanager
 def opened(file: IO[bytes]) -> Iterator[tuple[Any, Any]]:
     """The container and its video stream, ready to decode. Raises Unusable."""
-    file.seek(0)
-    head = file.read(4096)
-    file.seek(0)
+    try:
+        file.seek(0)
+        head = file.read(4096)
+        file.seek(0)
+    except OSError as error:
+        raise Unusable(f"can't read: {error.strerror}") from None
     if not head:
         raise Unusable("empty file: 0 bytes")
     try:
@@ -46,6 +49,8 @@ def opened(file: IO[bytes]) -> Iterator[tuple[Any, Any]]:
             buffer_size=1 << 16,
         )
     except (av.FFmpegError, OSError, ValueError) as error:
+        if isinstance(error, OSError) and not isinstance(error, av.FFmpegError):  # of the file system
+            raise Unusable(f"can't read: {error.strerror}") from None
         raise Unusable(_why_not_opened(head, error)) from None
     with container:
         streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]

@@ -36,6 +36,8 @@ log = logging.getLogger(__name__)
 PATIENCE_S = 60.0
 PROBE_BYTES_PER_S = 10e6
 DECODE_S_PER_S = 60.0
+# Reasons that are of the machine and its file system as likely as of the file: another time it may be read.
+PASSING = ("can't read", "took longer", "decoder killed", "needs more than")
 
 
 class VideoError(DataError):
@@ -46,6 +48,10 @@ class VideoError(DataError):
         self.from_file = from_file  # what was read said so; else it is what became of the decoder
         self.path = str(path)
         self.reason = reason
+
+    @property
+    def may_pass(self) -> bool:
+        return self.reason.startswith(PASSING)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

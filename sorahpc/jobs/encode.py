@@ -7,9 +7,9 @@ An array of independent tasks, as many as one likes and at any time. The rows of
 into shards; a task claims a shard that is neither there nor claimed (claims.py), begins with those that its rank has by
 turns, and puts each clip into the shard's journal as soon as it is encoded. So a task that dies costs the clip it was
 at; another goes on with its shard. Who finds none to claim waits for those who hold the last ones, and goes on for them
-if they die. A clip that can't be encoded is kept in its shard's list with the reason, and costs nothing but itself; to
-try it again, delete the shard. Whoever finds all shards present builds the index. The cache doesn't depend on the
-number of tasks, nor on how often they were killed.
+if they die. A clip that can't be encoded is kept in its shard's list with the reason, and costs nothing but itself; one
+that took too long, needed too much memory or couldn't be read is tried once more before. Whoever finds all shards
+present builds the index. The cache doesn't depend on the number of tasks, nor on how often they were killed.
 """
 
 from __future__ import annotations
@@ -66,6 +66,7 @@ log = logging.getLogger(__name__)
 PREPROCESS = 2  # version of plan_clip and decode: raise it when they give other pixels for the same settings
 MAX_SHOWN = 5
 AHEAD = 2  # at least so many clips are ready, or being made so, while the VAE is at work on another
+RETRY_AFTER_S = 5.0
 MIN_POLL_S, MAX_POLL_S = 0.5, 10.0  # between two looks at what others hold: all tasks look when the last ones work
 PATIENCE_S = 1800.0  # with tasks that hold the last shards and encode no clip
 MAX_NATIVE_MEAN, MAX_NATIVE_STD = 3.0, 5.0
@@ -120,6 +121,16 @@ def run(config: Config, task: Task) -> None:
             first |= {DETAILED + name: e for name, e in embeddings.items()}
         return _Ready(pixels, by, first, captions)
 
+    def twice(row: int) -> _Ready:
+        try:
+            return ready(row)
+        except VideoError as error:
+            if not error.may_pass:
+                raise
+            log.warning("%s: %s; tried once more in %g s", shown(error.path), error.reason, RETRY_AFTER_S)
+        time.sleep(RETRY_AFTER_S)
+        return ready(row)
+
     def same(row: int, record: Record) -> bool:
         """Whether a journal's record is of this row's clip as it is to be encoded now."""
         video = every[row]
@@ -141,7 +152,7 @@ def run(config: Config, task: Task) -> None:
         task.restart,
     )
     most_ahead = max(AHEAD, config.encode.resources.cpus_per_task)
-    _Line(task, claims, every, vae, config.clip.fps, ready, most_ahead).run()
+    _Line(task, claims, every, vae, config.clip.fps, twice, most_ahead).run()
     if _finish(folder, plan):
         for name in remove_leftovers(folder):
             log.info("removed %s, which a killed task left", shown(folder / WORK / name))
@@ -355,7 +366,8 @@ def _encode(video: Video, ready: Future[_Ready], fps: float, vae: Vae, writer: S
         return writer.pack(video.key, latent, clip.texts, first, fps, video.path, clip.decoder, *second)
     except DataError as error:
         reason = error.reason if isinstance(error, VideoError) else str(error)
-        log.warning("rejected %s: %s", shown(video.path), reason)
+        again = " (tried twice)" if isinstance(error, VideoError) and error.may_pass else ""
+        log.warning("rejected %s: %s%s", shown(video.path), reason, again)
         return rejection(video.key, video.path, reason)
 
 
