@@ -23,7 +23,7 @@ from videos import NOTHING, claim_matrix, cut, numbered, numbers, recording, wri
 
 from sorahpc.config import ClipConfig
 from sorahpc.configfile import parse_config
-from sorahpc.data import container
+from sorahpc.data import child, container
 from sorahpc.data import decode as decode_module
 from sorahpc.data import frames as frames_module
 from sorahpc.data.decode import ClipPlan, VideoError, decode, plan_clip, probe
@@ -205,7 +205,7 @@ def test_what_the_file_system_does_not_give_is_not_told_as_a_fault_of_the_video(
             return super().read(size)
 
     with Away(write_video(tmp_path / "noise.mp4", noise)) as file:
-        answer = frames_module.serve({"what": "probe"}, file, None)
+        answer = child.serve({"what": "probe"}, file, None)
     assert answer == {"unusable": "can't read: Stale file handle"}
     assert VideoError("a.mp4", answer["unusable"]).may_pass and not VideoError("a.mp4", "corrupt: x").may_pass
 
