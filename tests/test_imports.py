@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MODULES = sorted((ROOT / "sorahpc").rglob("*.py"))
 
 FLOORS = {
-    0: {"errors", "config", "configfile", "log", "runs", "lease", "page", "store"},
+    0: {"errors", "config", "configfile", "files", "log", "runs", "lease", "page", "store"},
     1: {"ops", "distributed"},
     2: {"data", "models", "diffusion", "metrics", "profiling"},
     3: {"jobs"},

@@ -110,7 +110,7 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
         read_manifest(path)
     path.unlink()
     path.mkdir()
-    with pytest.raises(DataError, match="can't read the manifest"):
+    with pytest.raises(DataError, match="not a regular file: a folder"):
         read_manifest(path)
 
 

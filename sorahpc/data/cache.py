@@ -40,6 +40,7 @@ from sorahpc.data.manifest import REJECTED, shown
 from sorahpc.data.shards import KEY, MAX_SIDE, VERSION, Shard, pieces_of, read_shard
 from sorahpc.data.texts import DETAILED, TEXTS
 from sorahpc.errors import DataError
+from sorahpc.files import read_regular, read_text
 from sorahpc.runs import atomic_write, fsync_dir, write_json
 
 INFO, INDEX = "cache.json", "index.parquet"
@@ -98,7 +99,7 @@ def read_info(folder: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > MAX_INFO_BYTES:
             raise DataError(f"{shown(path)}: more than {MAX_INFO_BYTES} bytes; not a cache of ours")
-        info = json.loads(path.read_text(encoding="utf-8"))
+        info = json.loads(read_text(path))
     except FileNotFoundError:
         raise DataError(f"{shown(folder)}: no latent cache here ({INFO} is missing); run `sorahpc encode`") from None
     except (OSError, ValueError, RecursionError) as error:
@@ -222,7 +223,7 @@ def build_index(folder: Path, shards: Sequence[str]) -> Summary | None:
     buffer = io.BytesIO()
     pq.write_table(made.table, buffer, compression="zstd")
     data = buffer.getvalue()
-    if not (folder / INDEX).exists() or (folder / INDEX).read_bytes() != data:
+    if not (folder / INDEX).is_file() or (folder / INDEX).read_bytes() != data:
         write_json(folder / REJECTED, made.rejected)
         atomic_write(folder / INDEX, data)
     return Summary(made.table.num_rows, made.rejected, len(there - set(shards)))
@@ -334,7 +335,7 @@ def load_index(folder: Path) -> tuple[pa.Table, dict[str, Any]]:
     if not path.exists():
         raise DataError(f"{name}: missing, so the cache isn't complete; run `sorahpc encode` again")
     try:
-        table = pq.ParquetFile(pa.BufferReader(path.read_bytes())).read(use_threads=False)  # as in manifest.py
+        table = pq.ParquetFile(pa.BufferReader(read_regular(path))).read(use_threads=False)  # as in manifest.py
         meta = json.loads((table.schema.metadata or {}).get(_META, b"{}"))
     except (OSError, ValueError, RecursionError, MemoryError, pa.ArrowException) as error:
         first = (str(error).splitlines() or ["unreadable"])[0]

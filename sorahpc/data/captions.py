@@ -33,6 +33,7 @@ import pyarrow.parquet as pq
 from sorahpc.config import CaptionConfig, Config, config_hash
 from sorahpc.data.manifest import Video, shown
 from sorahpc.errors import DataError
+from sorahpc.files import read_regular
 from sorahpc.runs import atomic_write, fsync_dir
 
 CAPTIONS = "captions.parquet"  # its name in the run folder
@@ -242,7 +243,7 @@ def read_item(folder: Path, sha256: str) -> Item:
     """Raises DataError where it is missing or not what `write_item` has written."""
     path = item_path(folder, sha256)
     try:
-        data = json.loads(path.read_bytes())
+        data = json.loads(read_regular(path))
         if data.pop("format") != ITEM_FORMAT:
             raise ValueError("another format")
         item = Item(**{**data, "attempts": tuple(Attempt(**a) for a in data["attempts"])})
@@ -337,7 +338,7 @@ def read_captions(path: Path) -> tuple[list[Row], str]:
     """
     name, again = shown(path), "run `sorahpc caption` again"
     try:
-        data = path.read_bytes()
+        data = read_regular(path)
     except FileNotFoundError:
         raise DataError(f"{name}: no such table of captions; run `sorahpc caption` first") from None
     except OSError as error:

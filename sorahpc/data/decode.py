@@ -12,7 +12,6 @@ import itertools
 import logging
 import math
 import os
-import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from sorahpc import files
 from sorahpc.config import ClipConfig, ScenesConfig
 from sorahpc.data import isolate, measures
 from sorahpc.data.frames import TIME_TOLERANCE_S
@@ -65,21 +65,15 @@ def open_regular(path: Path | str) -> IO[bytes]:
         VideoError: it is missing, a dangling or looping link, a FIFO, socket, device or folder, or not readable.
     """
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # NONBLOCK: a FIFO without a writer would hang
+        return files.open_regular(path)
+    except files.NotRegular as error:
+        raise VideoError(path, str(error.strerror)) from None
     except OSError as error:
         if error.errno == errno.ENOENT:
             raise VideoError(path, "dangling link" if os.path.islink(path) else "no such file") from None
         if error.errno == errno.ELOOP:
             raise VideoError(path, "link that leads back to itself") from None
-        if error.errno == errno.ENXIO:
-            raise VideoError(path, "not a regular file: a socket") from None
         raise VideoError(path, f"can't read: {error.strerror}") from None
-    mode = os.fstat(fd).st_mode
-    if not stat.S_ISREG(mode):
-        os.close(fd)
-        kinds = {stat.S_IFIFO: "a FIFO", stat.S_IFDIR: "a folder", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
-        raise VideoError(path, f"not a regular file: {kinds.get(stat.S_IFMT(mode), 'special')}")
-    return os.fdopen(fd, "rb")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sorahpc.errors import DataError
+from sorahpc.files import NotRegular, read_regular
 from sorahpc.runs import atomic_write
 
 MANIFEST = "manifest.parquet"  # its name in the run folder
@@ -169,7 +170,9 @@ def read_rows(path: Path) -> tuple[list[Video], dict[str, Any]]:
     if not path.exists():
         raise DataError(f"{name}: no such manifest; run `sorahpc prepare` first")
     try:
-        data = path.read_bytes()
+        data = read_regular(path)
+    except NotRegular as error:
+        raise DataError(f"{name}: {error.strerror}; delete it and run `sorahpc prepare` again") from None
     except OSError as error:
         raise DataError(f"{name}: can't read the manifest: {error.strerror}; run `sorahpc prepare` again") from None
     try:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sorahpc.errors import ConfigError
+from sorahpc.files import read_text
 
 MAX_PROMPT_CHARS = 20_000
 MAX_FILE_BYTES = 256 << 20
@@ -69,7 +70,7 @@ def read_prompts(path: Path) -> list[Prompt]:
         size = path.stat().st_size
         if size > MAX_FILE_BYTES:
             raise ConfigError(f"sample.prompts: {path} has {size} bytes; at most {MAX_FILE_BYTES}, split it")
-        content = path.read_text(encoding="utf-8-sig")
+        content = read_text(path, "utf-8-sig")
     except FileNotFoundError:
         raise ConfigError(f"sample.prompts: no file {path}; write one with a prompt a line") from None
     except (OSError, UnicodeDecodeError) as error:

@@ -37,6 +37,7 @@ import torch
 from sorahpc.data.manifest import shown
 from sorahpc.data.texts import DETAILED, TEXTS, Texts
 from sorahpc.errors import DataError, SetupError
+from sorahpc.files import open_regular
 from sorahpc.ops._library import native
 from sorahpc.runs import atomic_write, fsync_dir
 
@@ -110,7 +111,7 @@ def check_seal(path: Path) -> None:
     """
     size = path.stat().st_size
     crc, left = 0, size - SEAL_BYTES
-    with open(path, "rb", buffering=0) as file:
+    with open_regular(path) as file:
         block = memoryview(bytearray(min(_BLOCK_BYTES, max(left, 1))))
         while left > 0:
             got = file.readinto(block[: min(left, len(block))])
@@ -481,7 +482,7 @@ def read_shard(path: Path, channels: int, dims: Mapping[str, int], dtype: str) -
             raise DataError(f"{shown(path)}: {what}; delete the shard and run `sorahpc encode` again")
 
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             size = file.seek(0, os.SEEK_END) - SEAL_BYTES
             file.seek(max(size, 0))
             need(size >= 0 and _SEAL.fullmatch(file.read()), "no seal at its end: the file was cut, or damaged there")

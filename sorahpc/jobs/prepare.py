@@ -38,6 +38,7 @@ from sorahpc.data.filters import filtered, lifted
 from sorahpc.data.keys import digest_of, key_of
 from sorahpc.data.manifest import MANIFEST, Video, read_rows, shown, write_manifest
 from sorahpc.errors import DataError, SoraHPCError, Stopped
+from sorahpc.files import read_text
 from sorahpc.runs import Task
 
 log = logging.getLogger(__name__)
@@ -300,7 +301,7 @@ def _read_captions(path: Path, root: Path) -> dict[str, _Found]:
     if kind is None:
         raise DataError(f"prepare.captions: {name}: expected a file named .jsonl or .csv, found {path.suffix!r}")
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_text(path, "utf-8-sig")
     except OSError as error:
         raise DataError(f"prepare.captions: {name}: can't read it: {error.strerror}") from None
     except UnicodeDecodeError as error:
