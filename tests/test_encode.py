@@ -542,9 +542,12 @@ def test_a_file_that_the_file_system_does_not_give_is_tried_twice_before_it_is_r
     whole: dict[str, bytes],
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
     number: int,
     times: int,
 ) -> None:
+    from sorahpc.cli import main
+
     config, real, opened = prepared(world, f"away{times}"), os.open, []
 
     def opens(path: object, *rest: object, **more: object) -> int:
@@ -556,16 +559,37 @@ def test_a_file_that_the_file_system_does_not_give_is_tried_twice_before_it_is_r
 
     monkeypatch.setattr(os, "open", opens)
     monkeypatch.setattr(encode, "RETRY_AFTER_S", 0.0)
-    encode.run(config, task(config))
+    with caplog.at_level(logging.INFO):
+        encode.run(config, task(config))
     lines = [r.getMessage() for r in caplog.records if "000005.mp4" in r.getMessage()]
     reason = f"000005.mp4: can't read: {os.strerror(number)}"
     assert f"{reason}; tried once more" in lines[0] and len(opened) == 2
     if times == 1:
         assert content(config) == whole and len(lines) == 1
-    else:
-        rejected = json.loads((config.cache_dir / "rejected.json").read_text())
-        assert [r["reason"] for r in rejected if "000005" in r["source"]] == [f"can't read: {os.strerror(number)}"]
-        assert f"{reason} (tried twice)" in lines[1]
+        return
+    rejected = json.loads((config.cache_dir / "rejected.json").read_text())
+    assert [r["reason"] for r in rejected if "000005" in r["source"]] == [f"can't read: {os.strerror(number)}"]
+    assert f"{reason} (tried twice)" in lines[1] and "cache complete: 12 samples, 2 clips rejected" in caplog.text
+    assert f"1 of them for want of time or memory, or by the file system: `sorahpc cache retry {config.cache_dir}`" in (
+        caplog.text
+    )
+    encode.run(config, task(config))
+    assert len(opened) == 2  # nobody asked for it
+
+    before = content(config)
+    assert main(["cache", "retry", str(config.cache_dir)]) == 0
+    assert f"{reason}\n{config.cache_dir}: 1 clips of 1 shards: run `sorahpc encode`" in capsys.readouterr().out
+    (shard,) = set(before) - set(content(config))
+    (journal,) = (config.cache_dir / WORK).iterdir()
+    assert journal.name.startswith(shard.removesuffix("h5"))
+    with pytest.raises(DataError, match=r"run `sorahpc encode` again"):
+        LatentCache(config.cache_dir)
+    encoded = recorded(monkeypatch)
+    encode.run(config, task(config))
+    assert encoded == [v.key for v in usable(config) if "000005" in v.path] and len(opened) == 3
+    assert content(config) == whole and list((config.cache_dir / WORK).iterdir()) == []
+    assert main(["cache", "retry", str(config.cache_dir)]) == 0
+    assert "no clip was rejected for want of time" in capsys.readouterr().out and content(config) == whole
 
 
 # A decoder's process that is killed, as by a kernel out of memory, the first time that it is given a certain file.
@@ -619,7 +643,7 @@ def test_what_is_done_is_counted_anew_when_a_shard_is_there_and_not_at_each_clip
 
     shards = [cache.PlannedShard(f"shard-{i:016x}.h5", Rows([2 * i, 2 * i + 1])) for i in range(9)]  # type: ignore[arg-type]
     (tmp_path / "cache.json").write_text("{}")
-    made = claims.Claims(tmp_path, shards, shards[::2], lambda shard: None, lambda row, record: True, "")  # type: ignore[arg-type,return-value]
+    made = claims.Claims(tmp_path, shards, shards[::2], lambda shard: None, lambda shard, record: None, "")  # type: ignore[arg-type,return-value]
     assert made.clips() == 0 and Rows.counted == 0
     for there, clips in ((1, 0), (2, 2), (4, 4)):
         (tmp_path / shards[there].name).touch()

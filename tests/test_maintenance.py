@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -11,14 +12,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from caches import C, D, forge, info, samples, write
+from caches import C, D, dims, forge, info, samples, write
 from models import write_vae
 
 from sorahpc.cli import main
 from sorahpc.data import maintenance as module
 from sorahpc.data.cache import INDEX, INFO, build_index, pin_info, plan_shards
+from sorahpc.data.claims import WORK
+from sorahpc.data.journal import replay
 from sorahpc.data.latents import LatentCache
-from sorahpc.data.maintenance import list_samples, merge, repair, show, stats, verify
+from sorahpc.data.maintenance import list_samples, merge, repair, retry, show, stats, verify
 from sorahpc.data.shards import EMPTY_TEXT, ShardWriter, write_empty_text
 from sorahpc.errors import ConfigError, DataError
 from sorahpc.models.vae import Vae, load_vae
@@ -255,6 +258,40 @@ def test_a_shard_that_the_system_does_not_read_is_not_set_aside(
     with pytest.raises(DataError, match="can't be read: Input/output error; nothing was changed"):
         repair(tmp_path)
     assert content(tmp_path) == before
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_retry_makes_a_journal_of_all_but_the_clips_that_are_tried_again(tmp_path: Path, dtype: str) -> None:
+    rows = samples(5, clip=True, detailed=True)
+    writer = ShardWriter(tmp_path, "shard-" + "0" * 16 + ".h5", dtype, C, dims(clip=True))
+    pin_info(tmp_path, info(dtype) | {f"{name}_dim": dim for name, dim in dims(clip=True).items()})
+    for i, row in enumerate(rows):
+        writer.add(*row[:6], "dali" if i % 2 else "pyav", row[7])
+    writer.reject("a" * 16, "/v/slow.mp4", "took longer than 60 s")
+    writer.reject("b" * 16, "/v/broken.mp4", "corrupt: frame 3 has errors")
+    shard = writer.commit()
+    build_index(tmp_path, [writer.name])
+    write_empty_text(tmp_path, {name: torch.ones(1, dim) for name, dim in dims(clip=True).items()}, dtype)
+    whole = shard.read_bytes()
+
+    at = int(LatentCache(tmp_path).index.latent_offset[2])
+    shard.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+    with pytest.raises(DataError, match="damaged: crc32 of the file"):
+        retry(tmp_path)
+    assert shard.exists() and not (tmp_path / WORK).exists()
+    shard.write_bytes(whole)
+    done = retry(tmp_path)
+    assert done == {"clips": [{"source": "/v/slow.mp4", "reason": "took longer than 60 s"}], "shards": [writer.name]}
+    assert not shard.exists()
+    (journal,) = (tmp_path / WORK).iterdir()
+    head = {"shard": writer.name, "cache_sha256": hashlib.sha256((tmp_path / INFO).read_bytes()).hexdigest()}
+    records = list(replay(journal, head, dtype, C, dims(clip=True)))
+    again = ShardWriter(tmp_path, writer.name, dtype, C, dims(clip=True))
+    again.samples = [r for r in records if not isinstance(r, dict)]
+    assert [r for r in records if isinstance(r, dict)] == writer.rejected[1:]
+    again.rejected = writer.rejected
+    assert again.commit().read_bytes() == whole
+    assert retry(tmp_path) == done and len(list((tmp_path / WORK).iterdir())) == 2  # as if killed before the shard went
 
 
 def test_a_merge_is_the_cache_that_one_manifest_would_have_given(tmp_path: Path) -> None:

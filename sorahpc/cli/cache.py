@@ -136,3 +136,18 @@ def cache_repair(path: CacheArg, as_json: AsJson = False) -> int:
         lines.append("run `sorahpc encode` to make the rest anew")
     say(done, "\n".join(lines), as_json)
     return 0
+
+
+@app.command("retry")
+def cache_retry(path: CacheArg, as_json: AsJson = False) -> int:
+    """Have encode try again those clips that took too long, needed too much memory or couldn't be read."""
+    from sorahpc.data.maintenance import retry
+
+    done = retry(path)
+    lines = [f"{clip['source']}: {clip['reason']}" for clip in done["clips"]]
+    if done["shards"]:
+        lines.append(f"{path}: {len(done['clips'])} clips of {len(done['shards'])} shards: run `sorahpc encode`")
+    else:
+        lines.append(f"{path}: no clip was rejected for want of time or memory, or by the file system")
+    say(done, "\n".join(lines), as_json)
+    return 0

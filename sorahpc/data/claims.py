@@ -12,7 +12,6 @@ commit it may be put to sleep again, and then a shard is written twice, whole an
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
 import os
 import re
@@ -22,10 +21,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from sorahpc.data.cache import INFO, PlannedShard
-from sorahpc.data.journal import Journal, Record, replay
+from sorahpc.data.cache import PlannedShard
+from sorahpc.data.journal import Journal, Record, cache_sha256, head_of, replay
 from sorahpc.data.manifest import shown
-from sorahpc.data.shards import ShardWriter
+from sorahpc.data.shards import Sample, ShardWriter
 from sorahpc.errors import DataError, SetupError
 from sorahpc.lease import HEARTBEAT_S, STALE_AFTER_S, Lease, describe, is_fresh
 from sorahpc.runs import read_state
@@ -48,28 +47,33 @@ class Claim:
     """A shard that this task makes: its lease, its clips so far, and the journal of them.
 
     Attributes:
-        shard: from the plan. writer: has its clips so far.
+        shard: from the plan. writer: of its clips, once all are known.
+        known: by their rows of the manifest, the clips that are encoded or rejected.
     """
 
     def __init__(self, shard: PlannedShard, lease: Lease, writer: ShardWriter, journal: Journal) -> None:
         self.shard, self.lease, self.writer, self.journal = shard, lease, writer, journal
+        self.known: dict[int, Record] = {}
 
     @property
-    def known(self) -> int:
-        """Number of its clips that are encoded or rejected, the first ones of the plan."""
-        return len(self.writer.samples) + len(self.writer.rejected)
+    def left(self) -> list[int]:
+        """Rows of its clips that are not known, in the order of the plan."""
+        return [row for row in self.shard.rows if row not in self.known]
 
     def held(self) -> bool:
         """Whether this task has it still. To be asked before a clip is added and before the shard is written."""
         return self.lease.held()
 
-    def keep(self, record: Record) -> None:
-        """Take the next clip, into the journal first. Raises DataError: it can't be written."""
-        record = self.journal.add(record)
-        if isinstance(record, dict):
-            self.writer.rejected.append(record)
-        else:
-            self.writer.samples.append(record)
+    def keep(self, row: int, record: Record) -> None:
+        """Take a clip, into the journal first. Raises DataError: it can't be written."""
+        self.known[row] = self.journal.add(record)
+
+    def write(self) -> None:
+        """Write the shard. Raises DataError: it can't be written."""
+        records = [self.known[row] for row in self.shard.rows]
+        self.writer.samples = [record for record in records if isinstance(record, Sample)]
+        self.writer.rejected = [record for record in records if not isinstance(record, Sample)]
+        self.writer.commit()
 
 
 class Claims:
@@ -81,7 +85,8 @@ class Claims:
         order: the shards of the plan, as this task shall try them.
         share: those of them whose clips `clips` counts.
         writer: makes the writer of a shard.
-        same: whether a record is of the clip in this row of the manifest, as it is to be encoded now.
+        row_of: the row of the manifest whose clip, one of the shard's, a record is of, as it is to be encoded now; None
+            where there is none.
         launch, restart: as of `Lease`, but the launch is of this task alone.
     """
 
@@ -91,14 +96,14 @@ class Claims:
         order: Sequence[PlannedShard],
         share: Sequence[PlannedShard],
         writer: Callable[[PlannedShard], ShardWriter],
-        same: Callable[[int, Record], bool],
+        row_of: Callable[[PlannedShard, Record], int | None],
         launch: str,
         restart: int = 0,
     ) -> None:
-        self._folder, self._writer, self._same, self._launch, self._restart = folder, writer, same, launch, restart
+        self._folder, self._writer, self._row_of, self._launch, self._restart = folder, writer, row_of, launch, restart
         self._missing = {shard.name: shard for shard in order}
         self.share, self._counted = share, (len(order), 0)  # missing shards, and the clips of those that are not
-        self._cache_sha256 = hashlib.sha256((folder / INFO).read_bytes()).hexdigest()
+        self._cache_sha256 = cache_sha256(folder)
         self._mine: list[Claim] = []
         self._lock = threading.Lock()  # of what is above, and between a heartbeat and the end of its lease
         self._end = threading.Event()
@@ -131,7 +136,7 @@ class Claims:
             ):  # asked for at each of a million clips, it may not count them all
                 there = sum(len(shard.rows) for shard in self.share if shard.name not in self._missing)
                 self._counted = len(self._missing), there
-            return self._counted[1] + sum(claim.known for claim in self._mine)
+            return self._counted[1] + sum(len(claim.known) for claim in self._mine)
 
     def take(self) -> Claim | None:
         """Claim a shard, with what is known of its clips; None where others hold all that are missing.
@@ -177,7 +182,7 @@ class Claims:
         held = claim.held()
         if held:
             try:
-                claim.writer.commit()
+                claim.write()
             except DataError:
                 if claim.held():
                     raise
@@ -219,7 +224,7 @@ class Claims:
     def _resume(self, shard: PlannedShard, lease: Lease, holder: dict[str, Any] | None) -> Claim:
         """Open the journal, and copy into it what is whole in those of former holders."""
         stem, work = shard.name.removesuffix(".h5"), self._folder / WORK
-        head = {"shard": shard.name, "cache_sha256": self._cache_sha256}
+        head = head_of(shard.name, self._cache_sha256)
         try:
             old = sorted(work / name for name in _names(work) if (of := _JOURNAL.fullmatch(name)) and of[1] == stem)
             journal = Journal(work / f"{stem}.{lease.nonce}.journal", head)
@@ -232,12 +237,10 @@ class Claims:
             self._mine.append(claim)
         for path in old:
             try:
-                for i, record in enumerate(replay(path, head, writer.dtype, writer.channels, writer.dims)):
-                    if i < claim.known:
-                        continue  # as in another one: all have the same clips in the same order
-                    if i >= len(shard.rows) or not self._same(shard.rows[i], record):
-                        break  # its caption or path has changed
-                    claim.keep(record)
+                for record in replay(path, head, writer.dtype, writer.channels, writer.dims):
+                    row = self._row_of(shard, record)  # none where its caption or path has changed
+                    if row is not None and row not in claim.known:
+                        claim.keep(row, record)
             except FileNotFoundError:  # another took this shard over from us, already
                 continue
             except OSError as error:
@@ -250,7 +253,7 @@ class Claims:
             for path in old:
                 path.unlink(missing_ok=True)
             by = f", begun by {describe(holder)}" if holder else ""
-            log.info("%s%s: %d of its %d clips are encoded", shard.name, by, claim.known, len(shard.rows))
+            log.info("%s%s: %d of its %d clips are encoded", shard.name, by, len(claim.known), len(shard.rows))
         return claim
 
     def _beat(self) -> None:

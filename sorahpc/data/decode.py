@@ -40,6 +40,10 @@ DECODE_S_PER_S = 60.0
 PASSING = ("can't read", "took longer", "decoder killed", "needs more than")
 
 
+def may_pass(reason: str) -> bool:
+    return reason.startswith(PASSING)
+
+
 class VideoError(DataError):
     """A video that can't be used. `reason` is ``kind`` or ``kind: detail``; the message has the path before it."""
 
@@ -48,10 +52,6 @@ class VideoError(DataError):
         self.from_file = from_file  # what was read said so; else it is what became of the decoder
         self.path = str(path)
         self.reason = reason
-
-    @property
-    def may_pass(self) -> bool:
-        return self.reason.startswith(PASSING)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

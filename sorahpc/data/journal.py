@@ -4,7 +4,7 @@
 
 A journal has one writer ever, whose lease has that nonce; who takes its shard over copies what is whole into a journal
 of its own and goes on behind it. So a writer that was only asleep can't spoil what others add meanwhile. The clips are
-in the order of the plan. The journal goes when the shard is there.
+in any order. The journal goes when the shard is there.
 
 A record: 20 bytes (magic, length of the JSON, length of the pieces, crc32 of these and of the JSON), the JSON, and the
 bytes of the latent and the texts, each of which has its crc32 in the JSON. The first record says which shard it is of,
@@ -18,6 +18,7 @@ node, what the system has not written yet. Whoever writes it calls `sync` beside
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -29,6 +30,7 @@ from typing import Any
 
 import numpy as np
 
+from sorahpc.data.cache import INFO
 from sorahpc.data.manifest import shown
 from sorahpc.data.shards import BITS, KEY, MAX_SIDE, Sample, crc32, pieces_of
 from sorahpc.data.texts import DETAILED
@@ -39,6 +41,16 @@ _MAGIC = b"SHJ1"
 _MAX_JSON_BYTES = 1 << 24
 Record = Sample | dict[str, str]  # of a rejected clip: key, source, reason
 _REJECTED = {"key", "source", "reason"}
+
+
+def cache_sha256(folder: Path) -> str:
+    """Of cache.json, as the journals of the cache's shards have it."""
+    return hashlib.sha256((folder / INFO).read_bytes()).hexdigest()
+
+
+def head_of(shard: str, cache_sha256: str) -> dict[str, str]:
+    """What the first record of a shard's journal says."""
+    return {"shard": shard, "cache_sha256": cache_sha256}
 
 
 class Journal:

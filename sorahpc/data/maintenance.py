@@ -1,6 +1,7 @@
 """Looking after a latent cache: is every byte of it whole, what is in it, joining several, setting damage aside.
 
-Nothing here deletes or changes a shard. A damaged one is renamed, out of the way of `encode`, which then makes it anew.
+Nothing here changes a shard, nor deletes one, but `retry`, whose journal then has its clips. A damaged one is renamed,
+out of the way of `encode`, which then makes it anew.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 import os
 import shutil
 import socket
+import uuid
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -36,6 +38,9 @@ from sorahpc.data.cache import (
     read_index,
     read_info,
 )
+from sorahpc.data.claims import WORK
+from sorahpc.data.decode import may_pass
+from sorahpc.data.journal import Journal, cache_sha256, head_of
 from sorahpc.data.latents import LatentCache
 from sorahpc.data.manifest import REJECTED, shown
 from sorahpc.data.shards import (
@@ -45,6 +50,7 @@ from sorahpc.data.shards import (
     crc32,
     pieces,
     read_empty_text,
+    read_samples,
     read_shard,
     remove_stale_parts,
 )
@@ -316,6 +322,67 @@ def _rename_aside(folder: Path, name: str) -> str:
             fsync_dir(folder)
             return new
     raise DataError(f"{shown(folder)}: a million files named damaged-{name}*; remove some")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# retry
+
+
+def retry(folder: Path) -> dict[str, Any]:
+    """Have `encode` try again the clips that it could not read in time, in its memory, or at all: each shard with such
+    a clip becomes a journal of its others, with which `encode` goes on.
+
+    Returns:
+        clips: their sources and reasons; shards: names of those that are to be made anew.
+
+    Raises:
+        DataError: no cache here; a shard is missing or damaged; or a journal can't be written.
+    """
+    info = read_info(folder)
+    _, dims, dtype = kinds = check_kinds(folder, info)
+    if (folder / INDEX).exists():
+        names = list(load_index(folder)[1]["shards"])
+    else:
+        names = sorted(name for name in os.listdir(folder) if SHARD.fullmatch(name))
+    clips: list[dict[str, str]] = []
+    anew: list[str] = []
+    for name in names:
+        if not (folder / name).exists():
+            continue  # of an earlier retry, or set aside: `encode` makes it
+        shard = read_shard(folder / name, *kinds)
+        again = [{"source": r["source"], "reason": r["reason"]} for r in shard.rejected if may_pass(r["reason"])]
+        if not again:
+            continue
+        try:
+            check_seal(folder / name)
+            _to_journal(folder, name, shard, dims, dtype)
+            (folder / name).unlink()
+            fsync_dir(folder)
+        except OSError as error:
+            raise DataError(f"{shown(folder / name)}: {error.strerror or error}; see to it, and run again") from None
+        clips += again
+        anew.append(name)
+    return {"clips": clips, "shards": anew}
+
+
+def _to_journal(folder: Path, name: str, shard: Shard, dims: Mapping[str, int], dtype: str) -> None:
+    """All that a shard has but the clips that are to be tried again."""
+    (folder / WORK).mkdir(exist_ok=True)
+    path = folder / WORK / f"{name.removesuffix('.h5')}.{uuid.uuid4().hex}.journal"
+    journal = Journal(path, head_of(name, cache_sha256(folder)))
+    try:
+        for sample in read_samples(folder / name, shard, dims, dtype):
+            journal.add(sample)
+        for clip in shard.rejected:
+            if not may_pass(clip["reason"]):
+                journal.add(clip)
+        journal.sync()
+    except BaseException:
+        path.unlink()
+        raise
+    finally:
+        journal.close()
+    fsync_dir(path.parent)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

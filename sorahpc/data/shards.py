@@ -26,7 +26,7 @@ import socket
 import struct
 import time
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -87,6 +87,13 @@ def _to_bits(x: torch.Tensor, dtype: str, what: str) -> np.ndarray:
     if dtype == "float16":
         return rounded.numpy().astype("<f2", copy=False)
     return rounded.view(torch.int16).numpy().view(np.uint16).astype("<u2", copy=False)
+
+
+def _sums(z: np.ndarray, dtype: str) -> dict[str, Any]:
+    """sum, sumsq and count of a `Sample`: of the values as stored, since training sees those. In float64 they are good
+    to 1e-9 for any clip."""
+    stored = from_bits(z.tobytes(), dtype).reshape(z.shape).double().flatten(1)
+    return {"sum": stored.sum(1).numpy(), "sumsq": stored.square().sum(1).numpy(), "count": stored.shape[1]}
 
 
 def from_bits(data: bytes | bytearray, dtype: str) -> torch.Tensor:
@@ -220,8 +227,6 @@ class ShardWriter:
         what = f"{shown(source)}: sample {key}:"
         z = _to_bits(latent.float(), self.dtype, f"{what} latent")
         bits = {name: _to_bits(text.float(), self.dtype, f"{what} {name} embedding") for name, text in texts.items()}
-        # Of the values as stored, since training sees those. In float64 the sums are good to 1e-9 for any clip.
-        stored = from_bits(z.tobytes(), self.dtype).reshape(z.shape).double().flatten(1)
         return Sample(
             key=key,
             caption=clean_caption(caption),
@@ -232,9 +237,7 @@ class ShardWriter:
             shape=tuple(z.shape),
             lengths={name: len(text) for name, text in bits.items()},
             crc={name: crc32(piece.reshape(-1).view(np.uint8)) for name, piece in {"latent": z, **bits}.items()},
-            sum=stored.sum(1).numpy(),
-            sumsq=stored.square().sum(1).numpy(),
-            count=stored.shape[1],
+            **_sums(z, self.dtype),
             bits={"latent": z, **bits}.__getitem__,
         )
 
@@ -470,7 +473,8 @@ class Shard:
 def read_shard(path: Path, channels: int, dims: Mapping[str, int], dtype: str) -> Shard:
     """Resolve a shard through HDF5, trusting none of its values. Sample bytes are not read, nor held against the seal.
 
-    A row has `detailed` and the offset, len and crc32 of each of `pieces_of(dims)`, empty where it has no such text.
+    A row has `decoder`, which the index leaves out, `detailed`, and the offset, len and crc32 of each of
+    `pieces_of(dims)`, empty where it has no such text.
 
     Raises:
         DataError: it can't be opened, or a value is out of its bounds.
@@ -543,6 +547,7 @@ def read_shard(path: Path, channels: int, dims: Mapping[str, int], dtype: str) -
             need((np.isfinite(fps) & (fps > 0)).all(), "`fps`: above 0 expected")
             captions, sources = strings("captions", n), strings("sources", n)
             detailed = strings("detailed_captions", n) if "detailed_captions" in f else [""] * n
+            decoders = strings("decoders", n) if "decoders" in f else ["pyav"] * n
             total, squares = column("stats/sum", (channels,), "<f8"), column("stats/sumsq", (channels,), "<f8")
             count = int(column("stats/count", (), "<i8"))
             need(np.isfinite(total).all() and np.isfinite(squares).all() and count >= 0, "`stats`: out of range")
@@ -598,14 +603,15 @@ def read_shard(path: Path, channels: int, dims: Mapping[str, int], dtype: str) -
                         "key": key, "channels": shape[0], "frames": shape[1], "height": shape[2], "width": shape[3],
                         "latent_offset": offset, "latent_crc32": int(crc[i]),
                         "fps": float(fps[i]), "caption": captions[i], "source": sources[i], "detailed": detailed[i],
-                        **texts[i],
+                        "decoder": decoders[i], **texts[i],
                     }
                 )  # fmt: skip
             rejected = [json.loads(line) for line in strings("rejected", None)]
             fields = {"key", "source", "reason"}
             need(
-                all(isinstance(r, dict) and set(r) == fields for r in rejected),
-                "`rejected`: fields key, source, reason",
+                all(isinstance(r, dict) and set(r) == fields for r in rejected)
+                and all(isinstance(v, str) for r in rejected for v in r.values()),
+                "`rejected`: texts key, source, reason",
             )
             return Shard(rows, rejected, total, squares, count)
     except FileNotFoundError:
@@ -616,6 +622,29 @@ def read_shard(path: Path, channels: int, dims: Mapping[str, int], dtype: str) -
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, ArithmeticError, MemoryError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(f"{shown(path)}: damaged shard: {first}; delete it and run `sorahpc encode` again") from None
+
+
+def read_samples(path: Path, shard: Shard, dims: Mapping[str, int], dtype: str) -> Iterator[Sample]:
+    """The samples of a shard that `read_shard` has resolved, one in memory at a time.
+
+    Raises:
+        DataError: one is damaged. OSError: it can't be read.
+    """
+    with open(path, "rb") as file:
+        for row in shard.rows:
+            bits, crc = {}, {}
+            lengths = {name: length for name, _, length, _ in text_pieces(row)}
+            shape = (row["channels"], row["frames"], row["height"], row["width"])
+            for name, offset, nbytes, crc[name] in pieces(row, dims):
+                file.seek(offset)
+                data = file.read(nbytes)
+                if crc32(data) != crc[name]:
+                    raise DataError(f"{shown(path)}: sample {row['key']}: its {name} is damaged")
+                piece = (lengths[name], dims[name.removeprefix(DETAILED)]) if name in lengths else shape
+                bits[name] = np.frombuffer(data, BITS[dtype]).reshape(piece)
+            told = {name: row[name] for name in ("key", "caption", "detailed", "fps", "source", "decoder")}
+            sums = _sums(bits["latent"], dtype)
+            yield Sample(**told, shape=shape, lengths=lengths, crc=crc, **sums, bits=bits.__getitem__)
 
 
 def read_empty_text(folder: Path, dims: Mapping[str, int], dtype: str) -> dict[str, torch.Tensor]:

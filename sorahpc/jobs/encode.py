@@ -42,7 +42,7 @@ from sorahpc.data.cache import (
 )
 from sorahpc.data.captions import with_captions
 from sorahpc.data.claims import WORK, Claim, Claims, remove_leftovers
-from sorahpc.data.decode import VideoError, decode_by, plan_clip
+from sorahpc.data.decode import VideoError, decode_by, may_pass, plan_clip
 from sorahpc.data.journal import Record
 from sorahpc.data.keys import check_unchanged
 from sorahpc.data.manifest import MANIFEST, Video, read_manifest, shown
@@ -125,20 +125,22 @@ def run(config: Config, task: Task) -> None:
         try:
             return ready(row)
         except VideoError as error:
-            if not error.may_pass:
+            if not may_pass(error.reason):
                 raise
             log.warning("%s: %s; tried once more in %g s", shown(error.path), error.reason, RETRY_AFTER_S)
         time.sleep(RETRY_AFTER_S)
         return ready(row)
 
-    def same(row: int, record: Record) -> bool:
-        """Whether a journal's record is of this row's clip as it is to be encoded now."""
-        video = every[row]
+    def row_of(shard: PlannedShard, record: Record) -> int | None:
+        """The row of the shard's clip that a journal's record is of, if it is as it is to be encoded now."""
+        key, source = (record["key"], record["source"]) if isinstance(record, dict) else (record.key, record.source)
+        row = next((row for row in shard.rows if every[row].key == key), None)
+        if row is None or source != shown(every[row].path):
+            return None
         if isinstance(record, dict):
-            return (record["key"], record["source"]) == (video.key, shown(video.path))
-        found = (record.key, record.source, record.caption, record.detailed)
-        captions = clean_caption(video.caption), clean_caption(detailed.get(video.key, ""))
-        return found == (video.key, shown(video.path), *captions)
+            return row
+        captions = clean_caption(every[row].caption), clean_caption(detailed.get(key, ""))
+        return row if (record.caption, record.detailed) == captions else None
 
     share = plan[task.rank :: task.world_size] if task.rank < task.world_size else []  # of who joined later: none
     claims = Claims(
@@ -147,7 +149,7 @@ def run(config: Config, task: Task) -> None:
         [plan[i] for i in sorted(range(len(plan)), key=lambda i: (i - task.rank) % task.world_size)],
         share,  # so that each clip is reported once
         lambda shard: ShardWriter(folder, shard.name, config.encode.dtype, vae.channels, texts.dims),
-        same,
+        row_of,
         f"{task.launch}:{task.rank}",
         task.restart,
     )
@@ -242,7 +244,7 @@ class _Line:
             claim = self.filling = self.claims.take()
             if claim is None:
                 return
-            self.rows.extend(claim.shard.rows[claim.known :])
+            self.rows.extend(claim.left)
             if not self.rows:
                 self._commit(claim)
 
@@ -254,7 +256,7 @@ class _Line:
             self._lost(claim)
             return
         try:
-            claim.keep(record)
+            claim.keep(row, record)
         except DataError:
             if claim.held():
                 raise
@@ -265,7 +267,7 @@ class _Line:
         else:
             self.rejected += 1
         self._report()
-        if claim.known == len(claim.shard.rows):
+        if not claim.left:
             self._commit(claim)
         elif all(job.done() for job in self.writing):
             self._settle()
@@ -366,8 +368,7 @@ def _encode(video: Video, ready: Future[_Ready], fps: float, vae: Vae, writer: S
         return writer.pack(video.key, latent, clip.texts, first, fps, video.path, clip.decoder, *second)
     except DataError as error:
         reason = error.reason if isinstance(error, VideoError) else str(error)
-        again = " (tried twice)" if isinstance(error, VideoError) and error.may_pass else ""
-        log.warning("rejected %s: %s%s", shown(video.path), reason, again)
+        log.warning("rejected %s: %s%s", shown(video.path), reason, " (tried twice)" if may_pass(reason) else "")
         return rejection(video.key, video.path, reason)
 
 
@@ -381,6 +382,13 @@ def _finish(folder: Path, plan: list[PlannedShard]) -> Summary | None:
         shown_reasons = "; ".join(f"{r['source']}: {r['reason']}" for r in summary.rejected[:MAX_SHOWN])
         raise DataError(f"{shown(folder)}: none of {len(summary.rejected)} clips could be encoded: {shown_reasons}")
     log.info("cache complete: %d samples, %d clips rejected (rejected.json)", summary.samples, len(summary.rejected))
+    if again := sum(may_pass(clip["reason"]) for clip in summary.rejected):
+        log.info(
+            "%d of them for want of time or memory, or by the file system: `sorahpc cache retry %s`, then encode, has "
+            "these tried again",
+            again,
+            shown(folder),
+        )
     if summary.superseded:
         log.info(
             "%d shards in %s are not of this manifest; left alone, no longer read", summary.superseded, shown(folder)
