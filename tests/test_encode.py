@@ -35,7 +35,7 @@ from sorahpc.data.maintenance import verify
 from sorahpc.data.manifest import Video, read_manifest, write_manifest
 from sorahpc.data.shards import Sample
 from sorahpc.data.toyworld import write_world
-from sorahpc.errors import ConfigError, DataError, Stopped
+from sorahpc.errors import ConfigError, DataError, SetupError, Stopped
 from sorahpc.jobs import encode, prepare
 from sorahpc.models.text import make_tiny_t5
 from sorahpc.models.vae import load_vae
@@ -260,23 +260,71 @@ def test_a_task_that_slept_finds_that_its_shard_was_taken_over_and_spoils_nothin
     assert list((config.cache_dir / WORK).iterdir()) == []
 
 
-def test_who_holds_the_last_shard_and_does_nothing_is_not_waited_for_without_end(
-    world: Path, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(encode, "PATIENCE_S", 1.0)
-    config = prepared(world, "held")
+class Clock:
+    """In place of `time` in the job: a pause passes at once, after what others do meanwhile."""
+
+    def __init__(self, meanwhile: Callable[[int], None] = lambda pause: None) -> None:
+        self.now, self.pauses, self.meanwhile = 0.0, 0, meanwhile
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.meanwhile(self.pauses)
+        self.pauses += 1
+        self.now += 1000.0
+
+
+def without_a_shard(world: Path, run: str) -> tuple[Config, Path]:
+    """A run whose cache lacks a shard and so has no index, and the shard's path."""
+    config = prepared(world, run)
     encode.run(config, task(config))
     shard = min(config.cache_dir.glob("shard-*.h5"))
     for path in (shard, config.cache_dir / INDEX):
         path.unlink()
-    held = lease.Lease(config.cache_dir / WORK / f"{shard.stem}.lease", "", "other").acquire()
-    with caplog.at_level(logging.INFO):
+    return config, shard
+
+
+def test_who_holds_the_last_shard_and_does_nothing_is_not_waited_for_without_end_and_the_end_is_a_failure(
+    world: Path, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    config, shard = without_a_shard(world, "held")
+    clock = Clock(lambda pause: held.beat() and None)  # type: ignore[func-returns-value]
+    monkeypatch.setattr(encode, "time", clock)
+    held = lease.Lease(config.cache_dir / WORK / f"{shard.stem}.lease", "", "slurm:7").acquire()
+    said = (
+        rf"^encode: 1 shards are missing, and who holds them encoded no clip for 30 min: {shard.name} by Slurm job 7 "
+        rf"on .* \(pid {os.getpid()}\), alive \d+ s ago; end them .* and run encode again"
+    )
+    with caplog.at_level(logging.INFO), pytest.raises(SetupError, match=said) as caught:
         encode.run(config, task(config))
-    assert f"waiting for {shard.name} by" in caplog.text and "other tasks still have shards" in caplog.text
+    assert caught.value.exit_code == 3 and "\n" not in str(caught.value) and clock.pauses == 2
+    assert f"waiting for {shard.name} by" in caplog.text
     assert INDEX not in content(config) and held.held()
     held.release()
     encode.run(config, task(config))
     assert content(config) == whole
+
+
+def test_who_holds_the_last_shard_and_is_slow_is_waited_for(
+    world: Path, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, shard = without_a_shard(world, "slow")
+    held = lease.Lease(config.cache_dir / WORK / f"{shard.stem}.lease", "", "other").acquire()
+
+    def meanwhile(pause: int) -> None:
+        held.beat()
+        if pause < 5:
+            with open(config.cache_dir / WORK / f"{shard.stem}.{'a' * 32}.journal", "ab") as journal:
+                journal.write(b"a clip")
+        else:
+            shard.write_bytes(whole[shard.name])
+            held.release()
+
+    clock = Clock(meanwhile)
+    monkeypatch.setattr(encode, "time", clock)
+    encode.run(config, task(config))
+    assert clock.now > 2 * encode.PATIENCE_S and content(config) == whole
 
 
 def test_a_rerun_does_only_what_is_missing(

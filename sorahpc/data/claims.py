@@ -216,7 +216,7 @@ class Claims:
         """Who holds what is missing: `shard-<16 hex>.h5 by <host> (pid <pid>), alive 3 s ago`."""
         with self._lock:
             found = {name: read_state(self._lease(shard)) for name, shard in self._missing.items()}
-        return [f"{name} by {describe(holder)}" for name, holder in found.items() if holder]
+        return [f"{name} by {describe(holder) if holder else 'an unreadable lease'}" for name, holder in found.items()]
 
     def _lease(self, shard: PlannedShard) -> Path:
         return self._folder / WORK / f"{shard.name.removesuffix('.h5')}.lease"

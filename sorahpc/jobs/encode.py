@@ -77,7 +77,8 @@ def run(config: Config, task: Task) -> None:
 
     Raises:
         ConfigError: sections or model folders missing. DataError: no manifest, captions or usable clip, or the cache
-        folder was made with other settings. Stopped: between two clips, on request.
+        folder was made with other settings. SetupError: others hold shards and don't get on. Stopped: between two
+        clips, on request.
     """
     config.need("vae", "text")
     assert config.vae is not None and config.text is not None
@@ -200,7 +201,7 @@ class _Line:
         self.rejected = 0
 
     def run(self) -> None:
-        """Until every shard is there, or nobody gets any further. Raises DataError, Stopped."""
+        """Until every shard is there. Raises DataError, Stopped; SetupError: nobody gets any further."""
         start = time.monotonic()
         with self.claims:
             self.claims.missing()
@@ -229,8 +230,9 @@ class _Line:
                 self._next()
                 continue
             self._settle()
-            if not self.claims.missing() or waiting.over(self.claims):
+            if not self.claims.missing():
                 return
+            waiting.check(self.claims)
             waiting.rest()
 
     def _fill(self) -> None:
@@ -299,7 +301,7 @@ class _Line:
 
 
 class _Patience:
-    """With those who hold the last shards: as long as any of them gets on."""
+    """With those who hold the last shards: as long as any of them gets on. Those of the dead are taken over."""
 
     def __init__(self) -> None:
         self._seen: object = None
@@ -310,13 +312,20 @@ class _Patience:
         time.sleep(self._pause_s)
         self._pause_s = min(1.5 * self._pause_s, MAX_POLL_S)
 
-    def over(self, claims: Claims) -> bool:
+    def check(self, claims: Claims) -> None:
+        """Raises SetupError: none of them has encoded a clip for PATIENCE_S. An end without it would count as done."""
         seen = claims.missing(), claims.signs_of_life()
         if self._seen is None:
             log.info("nothing left to claim; waiting for %s", ", ".join(claims.holders()[:MAX_SHOWN]))
         if seen != self._seen:
             self._seen, self._since = seen, time.monotonic()
-        return time.monotonic() - self._since > PATIENCE_S
+        if time.monotonic() - self._since > PATIENCE_S:
+            holders = claims.holders()
+            raise SetupError(
+                f"encode: {len(holders)} shards are missing, and who holds them encoded no clip for "
+                f"{PATIENCE_S / 60:g} min: {', '.join(holders[:MAX_SHOWN])}; end them (`sorahpc cancel`, `scancel`), "
+                "and run encode again, which goes on from their clips"
+            )
 
 
 def _decoder(wish: str) -> str:
