@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
+import re
 import shutil
 from concurrent.futures import Future
 from pathlib import Path
@@ -20,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from sorahpc.config import Config, TrainVaeConfig
 from sorahpc.configfile import load_config, parse_config
 from sorahpc.data.clips import ClipCache, moving_pixels
+from sorahpc.data.manifest import Video, read_manifest, write_manifest
 from sorahpc.data.toyworld import render, scene_of
 from sorahpc.errors import ConfigError, DataError, NumericsError, Stopped
 from sorahpc.jobs import train_vae
@@ -117,7 +120,7 @@ def test_train_vae_writes_what_load_vae_reads_and_a_killed_run_resumes_to_the_sa
     assert outs[0] == outs[1]
     state = load_file(tmp_path / "whole/r/train_vae/state.safetensors")
     assert ("judge.body.0.weight" in state) == ("discriminator.0.exp_avg" in state) == (terms == "all")
-    with pytest.raises(DataError, match=r"state.safetensors: saved under other train_vae settings"):
+    with pytest.raises(DataError, match=r"state.safetensors: field `train_vae.lr`: expected 0.5, found 0.03; use the"):
         train_vae.run(configure(tmp_path / "whole", **{**more, "lr": 0.5}), Task(tmp_path / "whole/r", "train-vae"))
 
 
@@ -219,6 +222,110 @@ def test_an_autoencoder_that_gives_what_is_not_finite_is_no_result(
     with pytest.raises(NumericsError, match=r"psnr_db of what .*/vae makes of the clips held out is not finite; lower"):
         train_vae.run(config, Task(config.run_dir, "train-vae"))
     assert not (config.run_dir / "train_vae/result.json").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is held out
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[set[int], set[int]]]:
+    """Of each run: sizes in bytes of the videos that it trains on, and of those that it measures."""
+    runs: list[tuple[set[int], set[int]]] = []
+
+    class Recording(Batches):
+        def __init__(self, clips: ClipCache, shapes: dict[int, Any], *args: Any) -> None:
+            super().__init__(clips, shapes, *args)
+            runs.append(({videos[-1][i].size_bytes for i in shapes}, set()))
+
+    def recorded(vae: Vae, load: Any, numbers: list[int]) -> list[dict[str, Any]]:
+        rows = measure(vae, load, numbers)
+        runs[-1][1].update(videos[-1][row["number"]].size_bytes for row in rows)
+        return rows
+
+    videos: list[list[Video]] = []
+    whole = train_vae._plan
+    monkeypatch.setattr(train_vae, "_plan", lambda *args: videos.append((found := whole(*args))[0]) or found)
+    monkeypatch.setattr(train_vae, "Batches", Recording)
+    monkeypatch.setattr(train_vae, "measure", recorded)
+    return runs
+
+
+def test_clips_that_were_trained_on_are_not_measured_when_the_folder_has_grown_or_shrunk_since(
+    world: Path, tmp_path: Path, seen: list[tuple[set[int], set[int]]]
+) -> None:
+    config = at(tmp_path, world, steps=4)
+    manifest = config.run_dir / "manifest.parquet"
+    every = read_manifest(manifest)
+    assert len({v.size_bytes for v in every}) == 12
+    write_manifest(manifest, every[4:])
+    stopped_at(config, 1)
+    # Grown in front, so that rows shift; some captions and names are others.
+    write_manifest(manifest, [dataclasses.replace(v, key=f"{i:016x}", caption="x") for i, v in enumerate(every)])
+    stopped_at(config, 1)
+    # Shrunk to what was trained on and one that was never.
+    trained = seen[0][0] | seen[1][0]
+    left = [v for v in every if v.size_bytes in seen[0][0]]
+    write_manifest(manifest, [*left, *(v for v in every if v.size_bytes not in trained)])
+    train_vae.run(config, Task(config.run_dir, "train-vae"))
+    write_manifest(manifest, every[::-1])
+    train_vae.run(config, Task(config.run_dir, "train-vae"))
+    trained |= seen[2][0]
+    assert len(seen) == 4 and len(trained) >= 9 and 1 <= len(seen[3][1]) <= 2
+    for _, measured in seen:
+        assert not measured & trained
+    result = json.loads((config.run_dir / "train_vae/result.json").read_text())
+    assert result["clips"] == len(seen[3][1])
+
+
+def test_a_state_goes_on_under_its_own_settings_only_and_each_other_one_is_named(world: Path, tmp_path: Path) -> None:
+    config = at(tmp_path, world, steps=4, holdout_clips=1)
+    stopped_at(config, 1)
+    state = config.run_dir / "train_vae/state.safetensors"
+    before = state.read_bytes()
+
+    def refused(config: Config) -> str:
+        with pytest.raises(DataError) as caught:
+            train_vae.run(config, Task(config.run_dir, "train-vae"))
+        assert state.read_bytes() == before and not (tmp_path / "vae").exists()
+        return str(caught.value).replace(f"{state}: ", "")
+
+    advice = "; use the settings that it was saved with, delete it, or use another run name"
+    raised = configure(tmp_path, steps=4, holdout_clips=2)
+    assert refused(raised) == f"field `train_vae.holdout_clips`: expected 2, found 1{advice}"
+    clip = config.clip.model_copy(update={"fps": 4.0, "max_tokens": 99})
+    assert refused(config.model_copy(update={"clip": clip})).splitlines() == [
+        f"field `clip.fps`: expected 4.0, found 8.0{advice}",
+        f"field `clip.max_tokens`: expected 99, found null{advice}",
+    ]
+    manifest = config.run_dir / "manifest.parquet"
+    write_manifest(manifest, read_manifest(manifest), {"scenes": {"min_s": 1.0}})
+    assert refused(config) == f'field `prepare.scenes`: expected {{"min_s": 1.0}}, found null{advice}'
+    write_manifest(manifest, read_manifest(manifest))
+    save_file(load_file(state), state, metadata={"step": "1", "key": "0" * 64})  # as they were before
+    before = state.read_bytes()
+    assert refused(config) == "of a version that held out other clips; delete it, or use another run name"
+    before = before[: len(before) // 2]
+    state.write_bytes(before)
+    assert re.fullmatch(r"can't be read \([^\n]*\); delete it to train from the start", refused(config))
+
+
+def test_clips_that_the_first_training_may_have_seen_are_told_of_when_its_weights_are_tuned(
+    world: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = at(tmp_path / "first", world, steps=1, holdout_clips=1)
+    train_vae.run(first, Task(first.run_dir, "train-vae"))
+    out = first.train_vae.out
+    note = json.loads((out / "train_vae.json").read_text())
+    told = r"1 of the clips held out may be among those that .*/first/vae \(train_vae.init\) was trained on"
+    for name, holdout, limit, warned in (("same", 1, True, False), ("raised", 2, True, True), ("old", 1, False, True)):
+        (out / "train_vae.json").write_text(json.dumps(note if limit else {"posterior": "fixed"}))
+        config = at(tmp_path / name, world, steps=1, holdout_clips=holdout, init=str(out))
+        caplog.clear()
+        train_vae.run(config, Task(config.run_dir, "train-vae"))
+        assert any(re.match(told, m) for m in caplog.messages) == warned, name
+        after = json.loads((tmp_path / name / "vae/train_vae.json").read_text())["held_out_below"]
+        assert after == (note["held_out_below"] if limit else "")  # for who starts from these
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -352,6 +459,7 @@ def test_fine_tuning_starts_from_the_weights_of_init_and_keeps_its_learned_varia
     assert before.keys() == after.keys() and any(not torch.equal(before[k], after[k]) for k in before)
     assert max(float((before[k] - after[k]).abs().max()) for k in before) < 1e-4
     note = json.loads((tmp_path / "tuned/vae/train_vae.json").read_text())
+    assert len(note.pop("held_out_below")) == 16
     assert note == {"posterior": "learned", "latent_noise": None, "steps": 2, "init": str(published)}
     # What we trained with a fixed variance goes on with it: nothing has taught the class its own.
     frames = [render(scene_of(2, 0, frames=[9], sizes=[(64, 64)]))]

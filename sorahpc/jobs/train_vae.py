@@ -20,7 +20,11 @@ hundreds of steps. A share of the clips, falling to none at the end, therefore h
 random (`recolour`), so that large areas have colour too.
 
 State is saved every `save_every` steps (safetensors: no pickle), whole and by one rank, so that a rerun goes on from it
-on any number of ranks; on the same number bit by bit.
+on any number of ranks; on the same number bit by bit. The folder of videos may grow or shrink between two runs, what
+decides how clips are cut may not: a state of other settings is refused, by field.
+
+A clip that was trained on is never among those held out, whatever becomes of the folder (sorahpc.data.holdout): the
+state and, for who starts from it, train_vae.json beside the weights keep the limit by which they were chosen.
 """
 
 from __future__ import annotations
@@ -40,10 +44,11 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from sorahpc.config import ClipConfig, Config, TrainVaeConfig, config_hash
+from sorahpc.config import ClipConfig, Config, TrainVaeConfig
 from sorahpc.data.clips import Clip, ClipCache
 from sorahpc.data.decode import ClipPlan, decode, plan_clip
-from sorahpc.data.manifest import Video, read_manifest
+from sorahpc.data.holdout import limit_of, place_of
+from sorahpc.data.manifest import MANIFEST, Video, read_manifest, read_rows
 from sorahpc.distributed.mesh import any_rank, init_process_group, pick_device
 from sorahpc.distributed.muon import orthogonalize
 from sorahpc.errors import ConfigError, DataError, NumericsError, Stopped
@@ -67,29 +72,38 @@ def run(config: Config, task: Task) -> None:
 
     Raises:
         ConfigError: sections missing, or a class, weights or settings that don't go together. DataError: no usable
-        clip, or a state that doesn't fit. Stopped: saved on request. NumericsError: a loss that is not finite.
+        clip, or a state of other settings. Stopped: saved on request. NumericsError: a loss that is not finite.
     """
     config.need("train_vae")
     spec = config.train_vae
     assert spec is not None
     folder = config.run_dir / "train_vae"
+    state, settings = folder / "state.safetensors", _settings(config)
     with _joined(task) as device:
+        before = _limit_before(state, settings)
         vae = start_vae(spec)
         videos, shapes = _plan(config, vae)
-        held = range(min(spec.holdout_clips, len(videos) // 5))
+        limit = limit_of(videos, spec.holdout_clips, before)
+        held = [i for i, video in enumerate(videos) if place_of(video) < limit]
         log.info("%d clips, %d of them held out", len(videos), len(held))
+        init_limit = _init_limit(spec)
+        if doubtful := sum(place_of(videos[i]) >= init_limit for i in held):
+            log.warning(
+                "%d of the clips held out may be among those that %s (train_vae.init) was trained on: with the same "
+                "videos and train_vae.holdout_clips, or fewer, they would not", doubtful, spec.init,
+            )  # fmt: skip
         load = lambda i: decode(videos[i].path, _plan_one(videos[i], config.clip, vae))  # noqa: E731
         threads = max(1, spec.resources.cpus_per_task)
         with ClipCache(load, int(spec.cache_gb * 1e9), threads) as clips:
-            learned = {i: shape for i, shape in enumerate(shapes) if i not in held}
+            learned = {i: shape for i, shape in enumerate(shapes) if place_of(videos[i]) >= limit}
             trainer = Trainer(vae, Batches(clips, learned, vae, spec, task.rank, task.world_size), spec, device)
-            trainer.resume(folder / "state.safetensors")
-            _train(trainer, spec, task, folder / "state.safetensors")
+            trainer.resume(state)
+            _train(trainer, spec, task, state, {"settings": settings, "held_out_below": limit})
         if task.rank == 0:
             save_vae(vae, trainer.ema, spec.out, getattr(torch, spec.weights_dtype))
-            write_json(spec.out / NOTE, trainer.note())
+            write_json(spec.out / NOTE, {**trainer.note(), "held_out_below": min(limit, init_limit)})
         any_rank(False)  # it is written
-        rows = measure(load_vae(spec.out, device=device), load, [*held][task.rank :: task.world_size])
+        rows = measure(load_vae(spec.out, device=device), load, held[task.rank :: task.world_size])
         shared: list[Any] = [None] * task.world_size
         dist.all_gather_object(shared, rows)
         if task.rank == 0:
@@ -114,10 +128,10 @@ def _joined(task: Task) -> Iterator[torch.device]:
         dist.destroy_process_group()
 
 
-def _train(trainer: Trainer, spec: TrainVaeConfig, task: Task, path: Path) -> None:
+def _train(trainer: Trainer, spec: TrainVaeConfig, task: Task, path: Path, note: dict[str, Any]) -> None:
     def save() -> None:
         if task.rank == 0:
-            trainer.save(path)
+            trainer.save(path, note)
 
     while trainer.step < spec.steps:
         if trainer.step % spec.save_every == 0 and trainer.step:
@@ -135,9 +149,49 @@ def _train(trainer: Trainer, spec: TrainVaeConfig, task: Task, path: Path) -> No
     save()
 
 
+def _settings(config: Config) -> dict[str, Any]:
+    """What a saved state must agree on, by section: the class, its arguments, and what decides clips and batches."""
+    assert config.train_vae is not None
+    free = {"out", "weights_dtype", "save_every", "cache_gb", "resources"}
+    sections = {
+        "train_vae": config.train_vae.model_dump(mode="json", exclude=free),
+        "clip": config.clip.model_dump(mode="json", exclude_none=True),
+        # As the manifest has it: where scenes begin, and so what a clip is known by here.
+        "prepare": {"scenes": read_rows(config.run_dir / MANIFEST)[1].get("scenes")},
+    }
+    settings: dict[str, Any] = json.loads(json.dumps(sections))  # tuples to lists, as it will be read back
+    return settings
+
+
+def _limit_before(path: Path, settings: dict[str, Any]) -> str | None:
+    """The limit under which clips were held out from the training of the state at `path`; None where there is none.
+
+    Raises:
+        DataError: it can't be read, or was saved under other settings, a line a field.
+    """
+    note = read_note(path)
+    if note is None:
+        return None
+    saved, limit = note.get("settings"), note.get("held_out_below")
+    if not isinstance(saved, dict) or not isinstance(limit, str):
+        raise DataError(f"{path}: of a version that held out other clips; delete it, or use another run name")
+    faults = []
+    for section in settings:
+        now, was = settings[section], saved.get(section) or {}
+        faults += [
+            f"{path}: field `{section}.{name}`: expected {json.dumps(now.get(name))}, found "
+            f"{json.dumps(was.get(name))}; use the settings that it was saved with, delete it, or use another run name"
+            for name in sorted(now.keys() | was.keys())
+            if now.get(name) != was.get(name)
+        ]
+    if faults:
+        raise DataError("\n".join(faults))
+    return limit
+
+
 def _plan(config: Config, vae: Vae) -> tuple[list[Video], list[tuple[int, int, int]]]:
     """The manifest's usable videos that have a clip of lengths and sizes that this class takes, and its (T,H,W)."""
-    rows = [v for v in read_manifest(config.run_dir / "manifest.parquet") if v.ok]
+    rows = [v for v in read_manifest(config.run_dir / MANIFEST) if v.ok]
     videos, shapes = [], []
     for video in rows:
         try:
@@ -148,9 +202,7 @@ def _plan(config: Config, vae: Vae) -> tuple[list[Video], list[tuple[int, int, i
         videos.append(video)
         shapes.append((len(plan.times_s), plan.height, plan.width))  # not the plan: a kilobyte, a million times
     if not videos:
-        raise DataError(
-            f"{config.run_dir / 'manifest.parquet'}: no usable clip among {len(rows)} videos with status ok"
-        )
+        raise DataError(f"{config.run_dir / MANIFEST}: no usable clip among {len(rows)} videos with status ok")
     return videos, shapes
 
 
@@ -203,10 +255,25 @@ def _learns_variance(spec: TrainVaeConfig, vae: Vae, has_variance: bool) -> bool
         return spec.posterior == "learned"
     if spec.init is None or not has_variance:
         return False
-    folder = resolve(spec.init, "vae", "train_vae.init")
     # One of ours that was trained with a fixed variance has never learned what it gives for it.
-    note = read_json((folder.parent if folder.is_file() else folder) / NOTE) or {}
-    return note.get("posterior") != "fixed"
+    return (_init_note(spec) or {}).get("posterior") != "fixed"
+
+
+def _init_note(spec: TrainVaeConfig) -> dict[str, Any] | None:
+    """What a training wrote beside the weights of `init`; None where there is no `init`, or it is none of ours."""
+    if spec.init is None:
+        return None
+    folder = resolve(spec.init, "vae", "train_vae.init")
+    return read_json((folder.parent if folder.is_file() else folder) / NOTE)
+
+
+def _init_limit(spec: TrainVaeConfig) -> str:
+    """The place from which clips may have been trained on by `init`: over all places where it is none of ours."""
+    note = _init_note(spec)
+    if note is None:
+        return "g"  # after every hex digit
+    limit = note.get("held_out_below")
+    return limit if isinstance(limit, str) else ""
 
 
 class Coder(nn.Module):
@@ -390,14 +457,8 @@ class Trainer:
             "init": None if self.spec.init is None else str(self.spec.init),
         }
 
-    def _key(self) -> str:
-        """What a saved state must agree on: the class, its arguments, and what decides the batches."""
-        data = self.spec.model_dump(
-            mode="json", exclude={"out", "weights_dtype", "save_every", "holdout_clips", "cache_gb", "resources"}
-        )
-        return config_hash({"format": 2, **data})
-
-    def save(self, path: Path) -> None:
+    def save(self, path: Path, note: dict[str, Any]) -> None:
+        """Write the whole state, and `note` for `read_note`."""
         from safetensors.torch import save
 
         tensors = {f"model.{k}": v for k, v in self.vae.module.state_dict().items()}
@@ -408,26 +469,14 @@ class Trainer:
             for i, state in optimizer.state_dict()["state"].items():
                 tensors |= {f"{name}.{i}.{k}": torch.as_tensor(v) for k, v in state.items()}
         tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
-        atomic_write(path, save(tensors, metadata={"step": str(self.step), "key": self._key()}))
+        atomic_write(path, save(tensors, metadata={"step": str(self.step), "note": json.dumps(note)}))
 
     def resume(self, path: Path) -> None:
-        """Go on from a state that `save` wrote, if there is one.
-
-        Raises:
-            DataError: the state is unreadable, or of another train_vae section.
-        """
-        from safetensors import SafetensorError, safe_open
-
+        """Go on from a state that `save` wrote, if there is one. Raises DataError where it can't be read."""
         if not path.exists():
             return
-        try:
-            with safe_open(str(path), "pt") as f:
-                meta = f.metadata() or {}
-                tensors = {k: f.get_tensor(k) for k in f.keys()}
-        except (OSError, SafetensorError) as error:
-            raise DataError(f"{path}: can't be read ({error}); delete it to train from the start") from None
-        if meta.get("key") != self._key():
-            raise DataError(f"{path}: saved under other train_vae settings; delete it, or use another run name")
+        with _state(path) as f:
+            step, tensors = int(f.metadata()["step"]), {k: f.get_tensor(k) for k in f.keys()}
         pick = lambda prefix: {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}  # noqa: E731
         self.vae.module.load_state_dict(pick("model."))
         for name, value in pick("ema.").items():
@@ -440,8 +489,29 @@ class Trainer:
                 index, _, word = name.partition(".")
                 state.setdefault(int(index), {})[word] = value
             optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-        self.step = int(meta["step"])
+        self.step = step
         log.info("resumed from %s at step %d", path, self.step)
+
+
+@contextmanager
+def _state(path: Path) -> Iterator[Any]:
+    """The file of a saved state, open. Raises DataError where it can't be read."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), "pt") as f:
+            yield f
+    except (OSError, ValueError, SafetensorError) as error:
+        raise DataError(f"{path}: can't be read ({error}); delete it to train from the start") from None
+
+
+def read_note(path: Path) -> dict[str, Any] | None:
+    """The note of a state that `Trainer.save` wrote; None where there is no state. Raises DataError: unreadable."""
+    if not path.exists():
+        return None
+    with _state(path) as f:
+        note = json.loads((f.metadata() or {}).get("note", "{}"))
+        return note if isinstance(note, dict) else {}
 
 
 def _ddp(module: nn.Module, device: torch.device, some_unused: bool = False) -> DistributedDataParallel:
