@@ -45,7 +45,7 @@ class Stopped(SoraHPCError):
 
 
 class NumericsError(SoraHPCError):
-    """A loss or gradient is not finite; the weights were not touched by that step."""
+    """A loss, gradient or result is not finite; the weights were not touched by that step, nothing was put out."""
 
     exit_code = 16
 

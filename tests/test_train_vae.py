@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models import COSMOS, WAN
+from models import COSMOS, WAN, write_vae
 from ranks import free_port, run_on_ranks
 from safetensors.torch import load_file, save_file
 
@@ -214,14 +214,60 @@ def test_a_gradient_that_is_not_finite_is_refused_and_changes_nothing() -> None:
     assert trainer.step == 0 and all(torch.equal(v, before[k]) for k, v in vae.module.state_dict().items())
 
 
-def test_an_autoencoder_that_gives_what_is_not_finite_is_no_result(
-    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("before", [True, False])
+def test_an_autoencoder_that_gives_what_is_not_finite_is_no_result_and_out_stays_as_it_was(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: bool
 ) -> None:
     config = at(tmp_path, world, steps=1)
+    if before:
+        write_vae(tmp_path / "vae")
+    there = {p.name: p.read_bytes() for p in (tmp_path / "vae").glob("*")}
     monkeypatch.setattr(train_vae, "psnr_db", lambda *_: float("nan"))
-    with pytest.raises(NumericsError, match=r"psnr_db of what .*/vae makes of the clips held out is not finite; lower"):
+    with pytest.raises(
+        NumericsError, match=r"psnr_db of what was to be .*/vae makes of .* not finite; lower train_vae"
+    ):
         train_vae.run(config, Task(config.run_dir, "train-vae"))
+    assert {p.name: p.read_bytes() for p in (tmp_path / "vae").glob("*")} == there
     assert not (config.run_dir / "train_vae/result.json").exists()
+    monkeypatch.undo()
+    train_vae.run(config, Task(config.run_dir, "train-vae"))  # from the last state, which is kept
+    names = {p.name for p in (tmp_path / "vae").iterdir()}
+    assert names == {"config.json", WEIGHTS, "train_vae.json"}
+    assert (
+        load_file(tmp_path / "vae" / WEIGHTS).keys() and there.get(WEIGHTS) != (tmp_path / "vae" / WEIGHTS).read_bytes()
+    )
+
+
+@pytest.mark.parametrize("holdout", [2, 0])
+def test_weights_that_are_finite_as_trained_but_not_as_stored_are_no_result(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, holdout: int
+) -> None:
+    config = at(tmp_path, world, steps=1, weights_dtype="float16", holdout_clips=holdout)
+    whole = Trainer.train_step
+
+    def too_large(trainer: Trainer) -> dict[str, float]:
+        found = whole(trainer)
+        trainer.ema["decoder.conv_out.conv_s.bias"][0] = 1e5  # float16 ends at 65504; black or white pixels come of it
+        return found
+
+    monkeypatch.setattr(Trainer, "train_step", too_large)
+    message = (
+        r"decoder.conv_out.conv_s.bias of what was to be .*/vae is not finite; lower train_vae.lr \(now 0.03\), or "
+    )
+    with pytest.raises(NumericsError, match=message + r"train_vae.weights_dtype=float32 \(now float16\)"):
+        train_vae.run(config, Task(config.run_dir, "train-vae"))
+    assert not list((tmp_path / "vae").iterdir())
+
+
+def test_an_out_where_other_weights_would_be_read_is_refused_before_anything_is_done(
+    world: Path, tmp_path: Path
+) -> None:
+    config = at(tmp_path, world)
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / f"{WEIGHTS}.index.json").write_text("{}")
+    with pytest.raises(ConfigError, match=rf"^train_vae.out: .*/vae: a folder without {WEIGHTS}.index.json expected"):
+        train_vae.run(config, Task(config.run_dir, "train-vae"))
+    assert not (config.run_dir / "train_vae").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

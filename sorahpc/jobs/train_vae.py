@@ -32,6 +32,8 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
+import shutil
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -55,8 +57,8 @@ from sorahpc.errors import ConfigError, DataError, NumericsError, Stopped
 from sorahpc.metrics.similarity import psnr_db, ssim
 from sorahpc.models.discriminator import PatchDiscriminator, balance, hinge_loss
 from sorahpc.models.lpips import MIN_SIDE_PX, Lpips, load_lpips
-from sorahpc.models.vae import Vae, build_vae, load_vae, save_vae
-from sorahpc.runs import Task, atomic_write, read_json, write_json
+from sorahpc.models.vae import WEIGHTS, Vae, build_vae, load_vae, save_vae
+from sorahpc.runs import Task, atomic_write, fsync_dir, read_json, write_json
 from sorahpc.store import resolve
 
 log = logging.getLogger(__name__)
@@ -72,12 +74,15 @@ def run(config: Config, task: Task) -> None:
 
     Raises:
         ConfigError: sections missing, or a class, weights or settings that don't go together. DataError: no usable
-        clip, or a state of other settings. Stopped: saved on request. NumericsError: a loss that is not finite.
+        clip, or a state of other settings. Stopped: saved on request. NumericsError: a loss, a weight or a result that
+        is not finite; `out` is left as it was.
     """
     config.need("train_vae")
     spec = config.train_vae
     assert spec is not None
     folder = config.run_dir / "train_vae"
+    if (index := spec.out / f"{WEIGHTS}.index.json").exists():
+        raise ConfigError(f"train_vae.out: {spec.out}: a folder without {index.name} expected; name another one")
     state, settings = folder / "state.safetensors", _settings(config)
     with _joined(task) as device:
         before = _limit_before(state, settings)
@@ -99,22 +104,56 @@ def run(config: Config, task: Task) -> None:
             trainer = Trainer(vae, Batches(clips, learned, vae, spec, task.rank, task.world_size), spec, device)
             trainer.resume(state)
             _train(trainer, spec, task, state, {"settings": settings, "held_out_below": limit})
+        result = _finish(trainer, spec, task, {"held_out_below": min(limit, init_limit)}, load, held)
         if task.rank == 0:
-            save_vae(vae, trainer.ema, spec.out, getattr(torch, spec.weights_dtype))
-            write_json(spec.out / NOTE, {**trainer.note(), "held_out_below": min(limit, init_limit)})
-        any_rank(False)  # it is written
-        rows = measure(load_vae(spec.out, device=device), load, held[task.rank :: task.world_size])
-        shared: list[Any] = [None] * task.world_size
-        dist.all_gather_object(shared, rows)
-        if task.rank == 0:
-            result = summary([row for rows in shared for row in rows])
-            if bad := [name for name, value in result.items() if value is not None and not np.isfinite(value).all()]:
-                raise NumericsError(
-                    f"train_vae: {bad[0]} of what {spec.out} makes of the clips held out is not finite; "
-                    f"lower train_vae.lr (now {spec.lr})"
-                )
             write_json(folder / "result.json", result)
             log.info("wrote %s: %s", spec.out, json.dumps(result))
+
+
+def _finish(
+    trainer: Trainer, spec: TrainVaeConfig, task: Task, note: dict[str, Any], load: Any, held: list[int]
+) -> dict[str, Any]:
+    """Write the autoencoder, measure it as it is read back, and only then put it where `out` is read.
+
+    Returns:
+        of rank 0: what was measured.
+    """
+    aside = spec.out / ".new"
+    if task.rank == 0:
+        save_vae(trainer.vae, trainer.ema, aside, getattr(torch, spec.weights_dtype))
+        write_json(aside / NOTE, {**trainer.note(), **note})
+    any_rank(False)  # it is written
+    try:
+        made = load_vae(aside, device=trainer.device)
+        shared: list[Any] = [None] * task.world_size
+        dist.all_gather_object(shared, measure(made, load, held[task.rank :: task.world_size]))
+        result = summary([row for rows in shared for row in rows])
+        if task.rank == 0:
+            _check_finite(made, result, spec)
+            for name in ("config.json", WEIGHTS, NOTE):
+                os.replace(aside / name, spec.out / name)
+            fsync_dir(spec.out)
+    finally:
+        if task.rank == 0:
+            shutil.rmtree(aside)
+    return result
+
+
+def _check_finite(made: Vae, result: dict[str, Any], spec: TrainVaeConfig) -> None:
+    """Raises NumericsError. A weight may be finite as it was trained and not as it is stored; a decoder that gives NaN
+    makes black pixels, whose PSNR is a number."""
+    lower = f"lower train_vae.lr (now {spec.lr})"
+    if bad := [name for name, value in result.items() if value is not None and not np.isfinite(value).all()]:
+        raise NumericsError(
+            f"train_vae: {bad[0]} of what was to be {spec.out} makes of the clips held out is not finite; {lower}"
+        )
+    if bad := [name for name, value in made.module.state_dict().items() if not value.isfinite().all()]:
+        kept = (
+            ""
+            if spec.weights_dtype == "float32"
+            else f", or train_vae.weights_dtype=float32 (now {spec.weights_dtype})"
+        )
+        raise NumericsError(f"train_vae: {bad[0]} of what was to be {spec.out} is not finite; {lower}{kept}")
 
 
 @contextmanager
