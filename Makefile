@@ -1,5 +1,5 @@
 # make demo     the whole pipeline on the toy world, on this machine; ends with runs/demo/report.html
-# make test     all tests but those marked slow; ARGS="-k name" goes to pytest
+# make test     all tests but those marked slow, JOBS=2 files at a time; ARGS="-k name" goes to pytest
 # make slow     the slow tests
 # make sanitize the op tests on kernels built with AddressSanitizer and UBSan
 # make emulate  the same on the CUDA kernels, which then run on the CPU: no GPU needed
@@ -29,6 +29,7 @@ NVCC := nvidia-cuda-nvcc==13.0.88 nvidia-nvvm==13.0.88 nvidia-cuda-crt==13.0.88 
   nvidia-cuda-cccl==13.0.85
 # As the extra `dali` of pyproject.toml, without the package around it.
 DALI := nvidia-dali-cuda130
+JOBS ?= 2
 # One thread a process: tests start several, and idle OpenMP threads cost more than they bring on a small machine.
 PYTEST := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest
 
@@ -40,7 +41,7 @@ demo: build
 	@$(BIN)/sorahpc demo
 
 test: build
-	@$(PYTEST) -m "not slow" $(ARGS)
+	@$(PYTEST) -m "not slow" -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 slow: build
 	@$(PYTEST) -m slow $(ARGS)
@@ -56,7 +57,7 @@ define sanitized
 @cd build/$(1) && LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
   ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=. OMP_NUM_THREADS=2 $(2) \
   $(abspath $(BIN))/python -m pytest -c ../../pyproject.toml --rootdir ../.. -p no:cacheprovider -q \
-  -m "not slow" ../../tests/test_ops_*.py $(3) $(ARGS)
+  -m "not slow" -n $(JOBS) ../../tests/test_ops_*.py $(3) $(ARGS)
 endef
 
 sanitize: build
