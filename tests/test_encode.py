@@ -644,8 +644,8 @@ def test_a_file_that_the_file_system_does_not_give_is_tried_twice_before_it_is_r
 KILLED = """
 import os, sys
 sys.path[:] = sys.argv[3:]
-from sorahpc.data import frames, isolate
-real = frames.serve
+from sorahpc.data import child, isolate
+real = child.serve
 
 def serve(request, file, memory):
     if os.path.exists({first!r}) and os.pread(file.fileno(), 1 << 20, 0) == open({victim!r}, "rb").read():
@@ -653,7 +653,7 @@ def serve(request, file, memory):
         os.kill(os.getpid(), 9)
     return real(request, file, memory)
 
-frames.serve = serve
+child.serve = serve
 isolate.serve(*map(int, sys.argv[1:3]))
 """
 
