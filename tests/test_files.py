@@ -116,7 +116,9 @@ def test_jobs_end_with_one_line_at_what_is_no_file(
     part = config.run_dir / "prepare/00000-of-00001.parquet"
     part.unlink()
     put(part)
-    with pytest.raises(SoraHPCError, match=rf"{part.name}: not a regular file: {kind}; delete it and run .* again"):
+    with pytest.raises(
+        SoraHPCError, match=rf"{part.name}: can't read it: not a regular file: {kind}; delete it and run .* again"
+    ):
         prepare.run(config, Task(config.run_dir, "prepare"))
     umask = os.umask(0o077)
     try:

@@ -37,10 +37,11 @@ import pyarrow.parquet as pq
 import torch
 
 from sorahpc.data.manifest import REJECTED, shown
+from sorahpc.data.parquet import read_table
 from sorahpc.data.shards import KEY, MAX_SIDE, VERSION, Shard, pieces_of, read_shard
 from sorahpc.data.texts import DETAILED, TEXTS
 from sorahpc.errors import DataError
-from sorahpc.files import read_regular, read_text
+from sorahpc.files import read_text
 from sorahpc.runs import atomic_write, fsync_dir, write_json
 
 INFO, INDEX = "cache.json", "index.parquet"
@@ -332,14 +333,13 @@ def load_index(folder: Path) -> tuple[pa.Table, dict[str, Any]]:
     """
     path = folder / INDEX
     name = shown(path)
-    if not path.exists():
-        raise DataError(f"{name}: missing, so the cache isn't complete; run `sorahpc encode` again")
     try:
-        table = pq.ParquetFile(pa.BufferReader(read_regular(path))).read(use_threads=False)  # as in manifest.py
+        table = read_table(path, name, _ANEW)
         meta = json.loads((table.schema.metadata or {}).get(_META, b"{}"))
-    except (OSError, ValueError, RecursionError, MemoryError, pa.ArrowException) as error:
-        first = (str(error).splitlines() or ["unreadable"])[0]
-        raise DataError(f"{name}: damaged: {first}; {_ANEW}") from None
+    except FileNotFoundError:
+        raise DataError(f"{name}: missing, so the cache isn't complete; run `sorahpc encode` again") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{name}: damaged: {str(error).splitlines()[0]}; {_ANEW}") from None
     schema = _schema([t for t in pieces_of(dict.fromkeys(TEXTS, 0)) if f"{t}_offset" in table.schema.names])
     if not table.schema.equals(schema):
         raise DataError(f"{name}: columns {schema.names} expected, found {table.schema.names}; {_ANEW}")

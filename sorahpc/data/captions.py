@@ -32,6 +32,7 @@ import pyarrow.parquet as pq
 
 from sorahpc.config import CaptionConfig, Config, config_hash
 from sorahpc.data.manifest import Video, shown
+from sorahpc.data.parquet import read_table
 from sorahpc.errors import DataError
 from sorahpc.files import read_regular
 from sorahpc.runs import atomic_write, fsync_dir
@@ -338,15 +339,9 @@ def read_captions(path: Path) -> tuple[list[Row], str]:
     """
     name, again = shown(path), "run `sorahpc caption` again"
     try:
-        data = read_regular(path)
+        table = read_table(path, name, again, _COLUMNS)
     except FileNotFoundError:
         raise DataError(f"{name}: no such table of captions; run `sorahpc caption` first") from None
-    except OSError as error:
-        raise DataError(f"{name}: can't read the captions: {error.strerror}; {again}") from None
-    try:
-        table = pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False)  # as in read_manifest
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{name}: not a whole Parquet file: {str(error).splitlines()[0]}; {again}") from None
     metadata = table.schema.metadata or {}
     if metadata.get(_VERSION_KEY) != _VERSION:
         found = metadata.get(_VERSION_KEY, b"none").decode(errors="replace")

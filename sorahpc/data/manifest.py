@@ -21,8 +21,8 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from sorahpc.data.parquet import read_table
 from sorahpc.errors import DataError
-from sorahpc.files import NotRegular, read_regular
 from sorahpc.runs import atomic_write
 
 MANIFEST = "manifest.parquet"  # its name in the run folder
@@ -167,22 +167,10 @@ def _fault(video: Video) -> str:
 def read_rows(path: Path) -> tuple[list[Video], dict[str, Any]]:
     """As `read_manifest`, also of a part of one, in which a clip may come twice; and how prepare made it."""
     name = shown(path)
-    if not path.exists():
-        raise DataError(f"{name}: no such manifest; run `sorahpc prepare` first")
     try:
-        data = read_regular(path)
-    except NotRegular as error:
-        raise DataError(f"{name}: {error.strerror}; delete it and run `sorahpc prepare` again") from None
-    except OSError as error:
-        raise DataError(f"{name}: can't read the manifest: {error.strerror}; run `sorahpc prepare` again") from None
-    try:
-        # One thread: with Arrow's pool 2 of 40 short processes aborted at exit (pyarrow 26.0.1, "terminate called").
-        table = pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False)
-    except (pa.ArrowException, OSError) as error:  # of bytes in memory, so whatever Arrow calls it, it is the content
-        first = str(error).splitlines()[0]
-        raise DataError(
-            f"{name}: not a whole Parquet file: {first}; delete it and run `sorahpc prepare` again"
-        ) from None
+        table = read_table(path, name, "delete it and run `sorahpc prepare` again", _TYPES)
+    except FileNotFoundError:
+        raise DataError(f"{name}: no such manifest; run `sorahpc prepare` first") from None
     metadata = table.schema.metadata or {}
     version = metadata.get(_VERSION_KEY)
     if version not in (_VERSION, _FIRST_VERSION):
