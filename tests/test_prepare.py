@@ -563,6 +563,80 @@ def test_a_task_that_was_stopped_is_waited_for(videos: Path, clip: bytes, probes
     assert [v.reason for v in rows] == [prepare.GONE if v.path.endswith("3.mp4") else "" for v in rows]
 
 
+def test_parts_that_another_task_deletes_between_listing_and_reading_are_in_its_manifest(
+    videos: Path, clip: bytes, probes: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for i in range(6):
+        put(videos / f"{i}.mp4", f"caption {i}", clip)
+    run_dir = videos.parent / "runs/r"
+    for rank in range(2):
+        config = config_for(videos)
+        prepare.run(config, Task(run_dir, "prepare", rank=rank, world_size=2))
+    expected = read_manifest(run_dir / "manifest.parquet")
+    (run_dir / "manifest.parquet").unlink()  # as if it had never been written
+    (run_dir / "prepare/00000-of-00009.parquet").symlink_to("deleted")  # listed, and gone when it is looked at
+    real = prepare.read_rows
+    others: list[Path] = []
+
+    def meanwhile(path: Path) -> object:
+        if not others:
+            others.append(path)
+            prepare.run(config, Task(run_dir, "prepare"))  # all in one task: it takes what the two found
+        return real(path)
+
+    monkeypatch.setattr(prepare, "read_rows", meanwhile)
+    probes.clear()
+    prepare.run(config, Task(run_dir, "prepare", rank=0, world_size=3))
+    assert others[0].name.endswith("-of-00002.parquet") and not others[0].exists()
+    for rank in (1, 2):
+        prepare.run(config, Task(run_dir, "prepare", rank=rank, world_size=3))
+    assert read_manifest(run_dir / "manifest.parquet") == expected and probes == []
+
+
+def test_a_part_that_is_deleted_while_all_are_read_is_waited_for(
+    videos: Path, clip: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for i in range(6):
+        put(videos / f"{i}.mp4", f"caption {i}", clip)
+    run_dir = videos.parent / "runs/r"
+    tasks = [Task(run_dir, "prepare", rank=rank, world_size=2) for rank in range(2)]
+    prepare.run(config_for(videos), tasks[0])
+    real = prepare._all_parts
+
+    with monkeypatch.context() as patch:
+
+        def meanwhile(folder: Path, *how: object) -> object:
+            listed = os.listdir(folder)
+            (folder / "00000-of-00002.parquet").unlink()
+            patch.setattr(prepare.os, "listdir", lambda _: listed)
+            return real(folder, *how)
+
+        patch.setattr(prepare, "_all_parts", meanwhile)
+        prepare.run(config_for(videos), tasks[1])
+    assert not (run_dir / "manifest.parquet").exists()
+    prepare.run(config_for(videos), tasks[0])
+    assert len(read_manifest(run_dir / "manifest.parquet")) == 6
+
+
+def test_a_folder_that_is_deleted_while_videos_are_looked_for_is_said(
+    videos: Path, clip: bytes, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    put(videos / "a.mp4", "a caption", clip)
+    put(videos / "old/b.mp4", "a caption", clip)
+    real = os.walk
+
+    def walk(root: Path, **how: object) -> object:
+        for folder, folders, names in real(root, **how):
+            if os.path.basename(folder) == "old":
+                shutil.rmtree(folder)
+            yield folder, folders, names
+
+    monkeypatch.setattr(prepare.os, "walk", walk)
+    rows = prepared(videos)
+    assert [os.path.basename(v.path) for v in rows] == ["a.mp4"]
+    assert f"can't look into folder {videos / 'old'}: No such file or directory" in caplog.text
+
+
 def test_parts_that_an_earlier_run_cut_otherwise_are_not_taken_for_those_of_this_one(videos: Path) -> None:
     for i in range(3):
         shots(videos / f"{i}.mp4", (16, 24))

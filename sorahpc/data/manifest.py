@@ -72,6 +72,10 @@ class Video:
         return self.status == "ok"
 
 
+class NoManifest(DataError):
+    """There is no such file."""
+
+
 _FIRST_TYPES = {
     "key": pa.string(),
     "path": pa.string(),
@@ -170,7 +174,7 @@ def read_rows(path: Path) -> tuple[list[Video], dict[str, Any]]:
     try:
         table = read_table(path, name, "delete it and run `sorahpc prepare` again", _TYPES)
     except FileNotFoundError:
-        raise DataError(f"{name}: no such manifest; run `sorahpc prepare` first") from None
+        raise NoManifest(f"{name}: no such manifest; run `sorahpc prepare` first") from None
     metadata = table.schema.metadata or {}
     version = metadata.get(_VERSION_KEY)
     if version not in (_VERSION, _FIRST_VERSION):

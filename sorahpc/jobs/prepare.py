@@ -16,6 +16,7 @@ White space and control characters in a caption become single spaces; it is cut 
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import hashlib
@@ -36,7 +37,7 @@ from sorahpc.config import Config, PrepareConfig
 from sorahpc.data.decode import Probe, VideoError, measure, open_regular, probe
 from sorahpc.data.filters import filtered, lifted
 from sorahpc.data.keys import digest_of, key_of
-from sorahpc.data.manifest import MANIFEST, Video, read_rows, shown, write_manifest
+from sorahpc.data.manifest import MANIFEST, NoManifest, Video, read_rows, shown, write_manifest
 from sorahpc.errors import DataError, SoraHPCError, Stopped
 from sorahpc.files import read_text
 from sorahpc.runs import Task
@@ -126,8 +127,8 @@ def run(config: Config, task: Task) -> None:
     if parts is None:
         log.info("other tasks still have videos to look at; the last task writes the manifest")
         return
-    old = read_rows(manifest)[0] if manifest.exists() else []
-    videos = filtered(_one_of_each(_in_place(old, parts)), section.filters)
+    old = _read(manifest)
+    videos = filtered(_one_of_each(_in_place(old[0] if old else [], parts)), section.filters)
     _tell(videos, root)
     # With duplicates, filtered clips, and videos that are gone.
     task.report(len(found), len(found), "video", rejected=sum(not v.ok for v in videos))
@@ -146,6 +147,14 @@ def _part_name(task: Task, rank: int | None = None) -> str:
     return f"{task.rank if rank is None else rank:05d}-of-{task.world_size:05d}.parquet"
 
 
+def _read(path: Path) -> tuple[list[Video], dict[str, Any]] | None:
+    """As `read_rows`; None where there is none, or no more: another task may have deleted it since it was listed."""
+    try:
+        return read_rows(path)
+    except NoManifest:
+        return None
+
+
 def _by_path(videos: Iterable[Video]) -> dict[str, list[Video]]:
     rows: dict[str, list[Video]] = {}
     for video in videos:
@@ -157,10 +166,15 @@ def _known(manifest: Path, folder: Path, cut_by: dict[str, Any] | None) -> dict[
     """What earlier runs, finished or not, found in each file, as it was before filters. Of videos that were cut in
     another way only what was wrong with the file."""
     known: dict[str, list[Video]] = {}
+    # Parts first: a task that deletes them has written the manifest from them, so that one of both is found.
+    parts = []
+    for path in folder.glob("*.parquet"):
+        with contextlib.suppress(FileNotFoundError, NoManifest):
+            parts.append((path.stat().st_mtime_ns, read_rows(path)))
+    parts.sort(key=lambda part: part[0])
+    old = _read(manifest)
     # Parts are newer than the manifest, or as old. The oldest first: of a file the last word counts.
-    parts = sorted(folder.glob("*.parquet"), key=lambda path: path.stat().st_mtime_ns)
-    for path in [*([manifest] if manifest.exists() else []), *parts]:
-        videos, made = read_rows(path)
+    for videos, made in [*([old] if old else []), *(part for _, part in parts)]:
         for name, rows in _by_path(videos).items():
             rows = [lifted(row) for row in rows if row.reason not in (GONE, NOT_CUT_SO)]
             of_the_file = all(row.frames == 0 and not row.reason.startswith(_NO_SCENE) for row in rows)
@@ -178,10 +192,10 @@ def _all_parts(folder: Path, count: int, cut_by: dict[str, Any] | None) -> dict[
         return None
     rows: dict[str, list[Video]] = {}
     for name in sorted(there):
-        videos, made = read_rows(folder / name)
-        if not made.get("finished") or made.get("scenes") != cut_by:
+        part = _read(folder / name)
+        if part is None or not part[1].get("finished") or part[1].get("scenes") != cut_by:
             return None
-        rows.update(_by_path(videos))
+        rows.update(_by_path(part[0]))
     return rows
 
 
@@ -244,7 +258,12 @@ def _video_files(root: Path, also: set[str]) -> list[str]:
         log.warning("can't look into folder %s: %s", shown(error.filename), error.strerror)
 
     for folder, folders, names in os.walk(root, followlinks=True, onerror=unreadable):
-        status = os.stat(folder)
+        try:
+            status = os.stat(folder)
+        except OSError as error:  # deleted since it was listed
+            unreadable(error)
+            folders.clear()
+            continue
         if (status.st_dev, status.st_ino) in visited:
             folders.clear()
             continue
