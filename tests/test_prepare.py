@@ -547,12 +547,18 @@ def test_a_task_that_was_stopped_is_waited_for(videos: Path, clip: bytes, probes
     for i in range(8):
         put(videos / f"{i}.mp4", f"caption {i}", clip)
     run_dir = videos.parent / "runs/r"
-    stopped = Task(run_dir, "prepare", rank=0, world_size=2, stop_requested=lambda: True)
+
+    def videos_of(rank: int) -> int:
+        return len(list(prepare._look(videos, None, None, Task(run_dir, "prepare", rank=rank, world_size=2))))
+
+    # Whose videos they are follows from where they lie: of one task in 256 folders, none.
+    first, second = sorted((0, 1), key=videos_of, reverse=True)
+    stopped = Task(run_dir, "prepare", rank=first, world_size=2, stop_requested=lambda: True)
     with pytest.raises(Stopped):
         with_section(videos, stopped)
     with pytest.raises(DataError, match="no such manifest"):
-        with_section(videos, Task(run_dir, "prepare", rank=1, world_size=2))
-    rows = with_section(videos, Task(run_dir, "prepare", rank=0, world_size=2))
+        with_section(videos, Task(run_dir, "prepare", rank=second, world_size=2))
+    rows = with_section(videos, Task(run_dir, "prepare", rank=first, world_size=2))
     assert len(rows) == 8 and all(v.ok for v in rows)
     probes.clear()
     put(videos / "9.mp4", "new", clip)
