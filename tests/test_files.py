@@ -20,6 +20,7 @@ from sorahpc.data.decode import open_regular as open_video
 from sorahpc.data.manifest import read_manifest
 from sorahpc.data.prompts import read_prompts
 from sorahpc.data.shards import check_seal, read_shard
+from sorahpc.data.sources import look
 from sorahpc.errors import SoraHPCError
 from sorahpc.files import NotRegular, open_regular, read_regular, read_text
 from sorahpc.jobs import prepare
@@ -84,7 +85,7 @@ READERS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "captions": ("captions.parquet", read_captions),
     "item": (f"aa/{'a' * 64}.json", lambda path: read_item(path.parent.parent, path.stem)),
     "prompts": ("prompts.txt", read_prompts),
-    "captions file": ("captions.jsonl", lambda path: prepare._read_captions(path, path.parent)),
+    "captions file": ("captions.jsonl", lambda path: list(look(path.parent, path, Task(path.parent, "prepare")))),
     "cache.json": (INFO, lambda path: read_info(path.parent)),
     "index": (INDEX, lambda path: load_index(path.parent)),
     "shard": ("shard-0123456789abcdef.h5", lambda path: read_shard(path, 4, {"text": 8}, "float16")),

@@ -17,6 +17,7 @@ from sorahpc.config import ClipConfig, Config
 from sorahpc.configfile import parse_config
 from sorahpc.data.decode import ClipPlan, decode, plan_clip
 from sorahpc.data.manifest import Video, read_manifest
+from sorahpc.data.sources import look
 from sorahpc.data.toyworld import write_world
 from sorahpc.errors import ConfigError, DataError, Stopped
 from sorahpc.jobs import prepare
@@ -549,7 +550,7 @@ def test_a_task_that_was_stopped_is_waited_for(videos: Path, clip: bytes, probes
     run_dir = videos.parent / "runs/r"
 
     def videos_of(rank: int) -> int:
-        return len(list(prepare._look(videos, None, None, Task(run_dir, "prepare", rank=rank, world_size=2))))
+        return len(list(look(videos, None, Task(run_dir, "prepare", rank=rank, world_size=2))))
 
     # Whose videos they are follows from where they lie: of one task in 256 folders, none.
     first, second = sorted((0, 1), key=videos_of, reverse=True)

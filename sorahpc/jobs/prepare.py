@@ -9,47 +9,33 @@ order of their paths; videos that are gone stay as rejected rows.
 An array of independent tasks. Which task a video belongs to follows from its path; each writes what it found as a part
 of the manifest into ``<run>/prepare/``, and whoever finds all parts finished writes the manifest from them. It does not
 depend on the number of tasks.
-
-Captions come from a .txt of the same name beside each video, or from a JSONL or CSV file with `path` and `caption`.
-White space and control characters in a caption become single spaces; it is cut at 10,000 characters.
 """
 
 from __future__ import annotations
 
 import contextlib
-import csv
 import dataclasses
 import hashlib
-import io
-import json
 import logging
 import os
 import time
-import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sorahpc.config import Config, PrepareConfig
-from sorahpc.data.decode import Probe, VideoError, measure, open_regular, probe
+from sorahpc.data.decode import Probe, VideoError, measure, probe
 from sorahpc.data.filters import filtered, lifted
 from sorahpc.data.keys import digest_of, key_of
 from sorahpc.data.manifest import MANIFEST, NoManifest, Video, read_rows, shown, write_manifest
+from sorahpc.data.sources import VIDEO_SUFFIXES, Source, look
 from sorahpc.errors import DataError, SoraHPCError, Stopped
-from sorahpc.files import read_text
 from sorahpc.runs import Task
 
 log = logging.getLogger(__name__)
 
-# .ts is left out: it is TypeScript more often than MPEG-TS. A file of any name can be listed in the captions file.
-VIDEO_SUFFIXES = frozenset(
-    ".mp4 .m4v .mov .qt .3gp .3g2 .mkv .webm .avi .mpg .mpeg .m2ts .mts .wmv .asf .flv .f4v .ogv .mxf".split()
-)
-MAX_CAPTION_CHARS = 10_000
-MAX_CAPTION_FILE_BYTES = 1 << 20
 MAX_NAMED_IN_LOG = 200
 PARTIAL_EVERY_S = 60.0
 
@@ -60,15 +46,6 @@ _DUPLICATE = "duplicate: "
 _NO_SCENE = "no scene: "
 # Reasons that may pass while the file stays as it is. That it crashed the decoder or needs too much memory does not.
 _NOT_FINAL = ("can't read", "changed", "unexpected", "took longer", "decoder killed", GONE)
-
-
-@dataclass(frozen=True)
-class _Found:
-    """A video to look at: its caption, or why it has none or can't be used."""
-
-    path: str
-    caption: str = ""
-    reason: str = ""
 
 
 def run(config: Config, task: Task) -> None:
@@ -86,8 +63,7 @@ def run(config: Config, task: Task) -> None:
     root = Path(os.path.abspath(section.videos))
     if not root.is_dir():
         raise DataError(f"prepare.videos: {shown(root)}: no such folder; expected a folder of video files")
-    captions = _read_captions(section.captions, root) if section.captions else None
-    found = list(_look(root, captions, section.captions, task))
+    found = list(look(root, section.captions, task))
     cut_by = section.scenes.model_dump(mode="json") if section.scenes else None
     manifest, folder = config.run_dir / MANIFEST, config.run_dir / PARTS
     known = _known(manifest, folder, cut_by)
@@ -218,182 +194,10 @@ def _in_place(old: list[Video], found: dict[str, list[Video]]) -> list[Video]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# looking for videos
-
-
-def _look(root: Path, captions: dict[str, _Found] | None, captions_file: Path | None, task: Task) -> Iterator[_Found]:
-    """This task's videos of the folder, in the order of paths, then rows of the captions file that name no file."""
-
-    def mine(path: str) -> bool:
-        # By its name, and not by its number: another file that comes meanwhile changes no other's task. By a real hash:
-        # crc32 is linear, and sends files that are numbered to one task.
-        digest = hashlib.blake2b(path.encode(errors="backslashreplace"), digest_size=8).digest()
-        return int.from_bytes(digest, "big") % task.world_size == task.rank
-
-    left = {path: entry for path, entry in (captions or {}).items() if mine(path)}
-    for path in filter(mine, _video_files(root, also=set(left))):
-        try:
-            path.encode()
-        except UnicodeEncodeError:
-            # Parquet holds UTF-8; the row shows the name with escapes.
-            yield _Found(path.encode(errors="backslashreplace").decode(), reason="file name is not UTF-8: rename it")
-            continue
-        if captions is None:
-            yield _caption_beside(path)
-        elif path in left:
-            yield left.pop(path)
-        else:
-            yield _Found(path, reason=f"no caption: not in {shown(captions_file or '')}")
-    for entry in left.values():
-        yield entry if entry.reason else dataclasses.replace(entry, reason="no such file")
-
-
-def _video_files(root: Path, also: set[str]) -> list[str]:
-    """Absolute paths with a video's suffix or in `also`, sorted. Links to folders are followed, each folder once;
-    hidden names are left out (that is where writers put what is not finished)."""
-    files = []
-    visited = set()
-
-    def unreadable(error: OSError) -> None:
-        log.warning("can't look into folder %s: %s", shown(error.filename), error.strerror)
-
-    for folder, folders, names in os.walk(root, followlinks=True, onerror=unreadable):
-        try:
-            status = os.stat(folder)
-        except OSError as error:  # deleted since it was listed
-            unreadable(error)
-            folders.clear()
-            continue
-        if (status.st_dev, status.st_ino) in visited:
-            folders.clear()
-            continue
-        visited.add((status.st_dev, status.st_ino))
-        folders[:] = sorted(f for f in folders if not f.startswith("."))
-        for name in names:
-            path = os.path.join(folder, name)
-            if not name.startswith(".") and (os.path.splitext(name)[1].lower() in VIDEO_SUFFIXES or path in also):
-                files.append(path)
-    return sorted(files)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# captions
-
-
-def _caption_beside(path: str) -> _Found:
-    text_path = os.path.splitext(path)[0] + ".txt"
-    name = os.path.basename(text_path)
-    if not os.path.lexists(text_path):
-        return _Found(path, reason=f"no caption: no {shown(name)} beside it")
-    try:
-        with open_regular(text_path) as file:
-            data = file.read(MAX_CAPTION_FILE_BYTES + 1)
-    except VideoError as error:
-        return _Found(path, reason=f"no caption: {shown(name)}: {error.reason}")
-    except OSError as error:
-        return _Found(path, reason=f"no caption: {shown(name)}: can't read: {error.strerror}")
-    if len(data) > MAX_CAPTION_FILE_BYTES:
-        return _Found(path, reason=f"no caption: {shown(name)} is over {MAX_CAPTION_FILE_BYTES} bytes")
-    try:
-        return _captioned(path, data.decode("utf-8-sig"))
-    except UnicodeDecodeError:
-        return _Found(path, reason=f"no caption: {shown(name)} is not UTF-8 text")
-
-
-def _captioned(path: str, text: str) -> _Found:
-    cleaned = " ".join("".join(" " if unicodedata.category(c) in ("Cc", "Cs") else c for c in text).split())
-    if len(cleaned) > MAX_CAPTION_CHARS:
-        log.warning("%s: caption of %d characters, cut at %d", shown(path), len(cleaned), MAX_CAPTION_CHARS)
-        cleaned = cleaned[:MAX_CAPTION_CHARS].rstrip()
-    return _Found(path, cleaned) if cleaned else _Found(path, reason="no caption: it is empty")
-
-
-def _read_captions(path: Path, root: Path) -> dict[str, _Found]:
-    """Captions by absolute path of the video. A row that can't be used is an entry with its reason.
-
-    Raises:
-        DataError: the file can't be read as JSONL or CSV; names the line.
-    """
-    name = shown(path)
-    kinds = {".jsonl": _jsonl_rows, ".ndjson": _jsonl_rows, ".csv": _csv_rows}
-    kind = kinds.get(path.suffix.lower())
-    if kind is None:
-        raise DataError(f"prepare.captions: {name}: expected a file named .jsonl or .csv, found {path.suffix!r}")
-    try:
-        text = read_text(path, "utf-8-sig")
-    except OSError as error:
-        raise DataError(f"prepare.captions: {name}: can't read it: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"prepare.captions: {name}: UTF-8 text expected, found byte {error.start} that is not"
-        ) from None
-
-    entries: dict[str, _Found] = {}
-    lines: dict[str, int] = {}
-    for line, row in kind(text, name):
-        video, caption = row.get("path"), row.get("caption")
-        if not isinstance(video, str) or not video.strip():
-            raise DataError(
-                f"{name}: line {line}: `path`: the path of a video expected, found {json.dumps(video)[:80]}"
-            )
-        full = os.path.normpath(os.path.join(root, video))
-        if "\0" in full or any(unicodedata.category(c) == "Cs" for c in full):
-            full = full.encode(errors="backslashreplace").decode().replace("\0", "\\x00")
-            entry = _Found(full, reason=f"no such name can be: line {line} of {name}")
-        elif not full.startswith(os.path.join(root, "")):
-            entry = _Found(full, reason=f"outside the videos folder: named in line {line} of {name}")
-        elif caption is None:
-            entry = _Found(full, reason=f"no caption: none in line {line} of {name}")
-        elif not isinstance(caption, str):
-            entry = _Found(full, reason=f"no caption: not text in line {line} of {name}")
-        else:
-            entry = _captioned(full, caption)
-        old = entries.get(full)
-        if old is not None and old != entry:  # which of them is right, nobody can know; equal rows are harmless
-            entry = _Found(full, reason=f"two captions: lines {lines[full]} and {line} of {name}")
-        entries[full] = entry
-        lines.setdefault(full, line)
-    return entries
-
-
-def _jsonl_rows(text: str, name: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    # Not splitlines(): JSON strings may hold U+2028 and others that it takes for ends of lines.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{name}: line {number}: not JSON: {str(error).splitlines()[0]}") from None
-        if not isinstance(row, dict) or "path" not in row:
-            raise DataError(
-                f'{name}: line {number}: expected {{"path": ..., "caption": ...}}, found {line.strip()[:80]}'
-            )
-        yield number, row
-
-
-def _csv_rows(text: str, name: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    try:
-        header = reader.fieldnames or []
-        missing = [c for c in ("path", "caption") if c not in header]
-        if missing:
-            raise DataError(
-                f"{name}: line 1: columns `path` and `caption` expected, found {', '.join(header) or 'none'}"
-            )
-        for row in reader:
-            if None in row:
-                raise DataError(f"{name}: line {reader.line_num}: more values than columns; quote commas")
-            yield reader.line_num, row
-    except csv.Error as error:
-        raise DataError(f"{name}: line {reader.line_num}: not CSV: {error}") from None
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # probing
 
 
-def _look_at(found: _Found, old: list[Video], section: PrepareConfig) -> tuple[list[Video], bool]:
+def _look_at(found: Source, old: list[Video], section: PrepareConfig) -> tuple[list[Video], bool]:
     """The rows of a video, and whether the old ones were kept."""
     size = mtime = -1
     try:
