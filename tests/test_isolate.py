@@ -124,7 +124,7 @@ def test_a_crash_a_hang_and_a_bomb_are_reasons_and_the_next_file_is_read(
         start = time.monotonic()
         isolate.end_all() if name in ("bug", "writes") else None  # which live on, as the stub left them
         assert (decode(good, PLAN) == expected).all()
-        assert time.monotonic() - start < 2
+        assert time.monotonic() - start < decode_module.PATIENCE_S, "it waited for what the bad file was given"
 
 
 def test_the_verdict_on_a_file_does_not_depend_on_those_before_it(tmp_path: Path, good: Path, faulty: None) -> None:
