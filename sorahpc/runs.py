@@ -11,6 +11,7 @@
                           log/rank*.log
                           status/<task>.json   state, step, rate, eta, heartbeat; one writer each
                           lease/<task>.json    who works on it now; a second writer is refused
+                          index.json    of encode: the cache's index that its tasks have built
 
 An array job has a status file a task; a gang (train) has one, written by rank 0. No torch here: status and logs run on
 a login node.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import json
 import logging
 import multiprocessing
@@ -85,7 +86,12 @@ def prepared(world: Path, run: str, **sections: object) -> Config:
     return config
 
 
+LAUNCHES = itertools.count()
+
+
 def task(config: Config, rank: int = 0, world_size: int = 1, **more: object) -> Task:
+    """Of a launch of its own, if it is not named."""
+    more = {"launch": f"{os.getpid()}:{next(LAUNCHES)}", **more}
     return Task(config.run_dir, "encode", rank=rank, world_size=world_size, **more)  # type: ignore[arg-type]
 
 
@@ -148,10 +154,18 @@ def test_the_text_and_the_latents_are_those_of_the_models_themselves(world: Path
     assert torch.equal(cache.empty_texts["text"], text.encode([""])[0].half().float())
 
 
-def _worker(config: Config, rank: int, world_size: int, told: Path, sleepy: bool = False) -> None:
-    """A task that writes the key of each clip that it has encoded; the sleepy one stops itself after the second."""
+def _worker(
+    config: Config, rank: int, world_size: int, told: Path, sleepy: bool = False, launch: str | None = None
+) -> None:
+    """A task that writes the key of each clip that it has encoded; the sleepy one stops itself after the second. Beside
+    it is written who builds the index."""
     torch.set_num_threads(1)
-    real = encode._encode
+    real, build = encode._encode, encode.build_index
+
+    def builds(*args: object) -> object:
+        with open(f"{told}.built", "a") as file:
+            file.write(f"{rank}\n")
+        return build(*args)  # type: ignore[arg-type]
 
     def encodes(video: object, *rest: object) -> object:
         record = real(video, *rest)  # type: ignore[arg-type]
@@ -161,13 +175,13 @@ def _worker(config: Config, rank: int, world_size: int, told: Path, sleepy: bool
             os.kill(os.getpid(), signal.SIGSTOP)
         return record
 
-    encode._encode = encodes  # type: ignore[assignment]
-    encode.run(config, task(config, rank, world_size))
+    encode._encode, encode.build_index = encodes, builds  # type: ignore[assignment]
+    encode.run(config, task(config, rank, world_size, **({"launch": launch} if launch else {})))
 
 
-def start(config: Config, rank: int, world_size: int, told: Path, sleepy: bool = False) -> multiprocessing.Process:
+def start(config: Config, rank: int, world_size: int, told: Path, *more: object) -> multiprocessing.Process:
     # spawn would spend its life importing torch
-    worker = multiprocessing.get_context("fork").Process(target=_worker, args=(config, rank, world_size, told, sleepy))
+    worker = multiprocessing.get_context("fork").Process(target=_worker, args=(config, rank, world_size, told, *more))
     worker.start()
     return worker  # type: ignore[return-value]
 
@@ -189,15 +203,16 @@ def test_one_task_of_several_does_all_where_the_others_never_come(world: Path, w
     assert content(config) == whole
 
 
-def test_more_tasks_at_once_than_there_are_shards_make_the_same_bytes_and_no_clip_twice(
+def test_more_tasks_at_once_than_there_are_shards_make_the_same_bytes_and_no_clip_and_no_index_twice(
     world: Path, whole: dict[str, bytes], tmp_path: Path
 ) -> None:
     config = prepared(world, "at_once")
-    tasks = [start(config, rank, 6, tmp_path / "told") for rank in range(6)]
+    tasks = [start(config, rank, 6, tmp_path / "told", False, "one") for rank in range(6)]
     for one in tasks:
         one.join(120)
     assert [one.exitcode for one in tasks] == [0] * 6
     assert content(config) == whole
+    assert len(keys_in(tmp_path / "told.built")) == 1
     assert sorted(keys_in(tmp_path / "told")) == sorted({v.key for v in usable(config)})
     assert list((config.cache_dir / WORK).iterdir()) == []
 
@@ -247,7 +262,7 @@ def test_a_task_that_slept_finds_that_its_shard_was_taken_over_and_spoils_nothin
     monkeypatch.setattr(claims, "HEARTBEAT_S", 0.2)
     config = prepared(world, "slept")
     told = tmp_path / "told"
-    sleeper = start(config, 0, 1, told, sleepy=True)
+    sleeper = start(config, 0, 1, told, True)
     wait_for(lambda: Path(f"/proc/{sleeper.pid}/stat").read_text().split()[2] == "T", "asleep")
     slept_on = keys_in(told)[1]
     encode.run(config, task(config))
@@ -325,6 +340,69 @@ def test_who_holds_the_last_shard_and_is_slow_is_waited_for(
     monkeypatch.setattr(encode, "time", clock)
     encode.run(config, task(config))
     assert clock.now > 2 * encode.PATIENCE_S and content(config) == whole
+
+
+def test_who_is_killed_while_it_builds_the_index_is_followed_by_another_of_the_launch(
+    world: Path, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    config, built = prepared(world, "builder_killed"), []
+    real = encode.build_index
+    monkeypatch.setattr(encode, "build_index", lambda *args: os.kill(os.getpid(), signal.SIGKILL))
+    first = start(config, 0, 2, tmp_path / "told", False, "one")
+    first.join(60)
+    (lease_left,) = (config.cache_dir / WORK).iterdir()
+    assert first.exitcode == -signal.SIGKILL and lease_left.name.startswith("index-") and INDEX not in content(config)
+    monkeypatch.setattr(encode, "build_index", lambda *args: (built.append(args), real(*args))[1])
+    encode.run(config, task(config, 1, 2, launch="one"))
+    assert content(config) == whole and len(built) == 1 and list((config.cache_dir / WORK).iterdir()) == []
+
+
+def test_a_task_waits_for_who_builds_the_index_and_does_not_build_it_itself(
+    world: Path, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = prepared(world, "builder_slow")
+    encode.run(config, task(config, launch="one"))
+    told, index = config.run_dir / "jobs/encode/index.json", config.cache_dir / INDEX
+    name = json.loads(told.read_text())["plan"]
+    index.rename(index.with_name(".later"))
+    held = lease.Lease(config.cache_dir / WORK / f"{name}.lease", "", "other").acquire()
+
+    def meanwhile(pause: int) -> None:
+        held.beat()
+        if pause == 5:
+            index.with_name(".later").rename(index)
+            held.release()
+
+    clock = Clock(meanwhile)
+    monkeypatch.setattr(encode, "time", clock)
+    monkeypatch.setattr(encode, "build_index", None)
+    with caplog.at_level(logging.INFO):
+        encode.run(config, task(config, launch="one"))
+    assert clock.pauses == 6 and content(config) == whole
+    assert caplog.text.count("waiting for another task that builds the index") == 1
+    held.acquire()
+    index.unlink()
+    with pytest.raises(Stopped, match="all shards are there"):
+        encode.run(config, task(config, launch="one", stop_requested=lambda: clock.pauses > 8))
+
+
+def test_an_index_that_can_not_be_built_is_told_to_the_tasks_of_the_launch_and_built_by_the_next(
+    world: Path, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = prepared(world, "builder_refused")
+    encode.run(config, task(config))
+    shard = min(config.cache_dir.glob("shard-*.h5"))
+    shard.write_bytes(b"damaged")
+    for _ in range(2):
+        with pytest.raises(DataError, match=f"{shard.name}: no seal at its end"):
+            encode.run(config, task(config, launch="one"))
+        monkeypatch.setattr(encode, "build_index", None)  # once was enough
+    monkeypatch.undo()
+    with pytest.raises(DataError, match=f"{shard.name}: no seal at its end"):
+        encode.run(config, task(config, launch="two"))
+    shard.unlink()
+    encode.run(config, task(config, launch="two"))  # a task that comes later
+    assert content(config) == whole
 
 
 def test_a_rerun_does_only_what_is_missing(

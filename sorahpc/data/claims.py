@@ -1,6 +1,7 @@
 """Who makes which shard: tasks claim shards of the plan by leases on the shared file system, without a server.
 
     .work/shard-<16 hex>.lease              who makes it now, with a heartbeat (sorahpc.lease)
+    .work/index-<16 hex>.lease              who builds the index of a plan
     .work/shard-<16 hex>.<nonce>.journal    what its makers have encoded so far (journal.py)
 
 A task takes the first shard of its order that is neither there nor held. A lease counts as long as its holder beats,
@@ -17,7 +18,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,7 @@ class Claims:
         self.share, self._counted = share, (len(order), 0)  # missing shards, and the clips of those that are not
         self._cache_sha256 = cache_sha256(folder)
         self._mine: list[Claim] = []
+        self._leases: list[Lease] = []  # that are kept alive
         self._lock = threading.Lock()  # of what is above, and between a heartbeat and the end of its lease
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="claims", daemon=True)
@@ -153,20 +155,49 @@ class Claims:
             holder = read_state(lease.path)
             if holder is not None and lease.blocked_by(holder):
                 continue
-            try:
-                lease.acquire()
-            except SetupError:  # another was quicker
+            if not self._acquire(lease):  # another was quicker
                 continue
-            except OSError as error:
-                raise DataError(
-                    f"{shown(lease.path)}: can't write the lease: {error.strerror or error}; shards and clips that are "
-                    "there are kept: see to it, and run again"
-                ) from None
             if shard.name not in self.missing():  # committed, and given back, after we looked
-                lease.release()
+                self._release(lease)
                 continue
             return self._resume(shard, lease, holder)
         return None
+
+    @contextlib.contextmanager
+    def alone(self, name: str) -> Iterator[bool]:
+        """Hold the lease of that name meanwhile, which one task of all has at a time. Gives whether it is this one.
+
+        Raises:
+            DataError: it can't be written.
+        """
+        lease = _ShardLease(self._folder / WORK / f"{name}.lease", name, self._launch, self._restart)
+        holder = read_state(lease.path)  # looked at often by many, who shall not all write each time
+        mine = (holder is None or not lease.blocked_by(holder)) and self._acquire(lease)
+        try:
+            yield mine
+        finally:
+            if mine:
+                self._release(lease)
+
+    def _acquire(self, lease: Lease) -> bool:
+        """Take a lease, and keep it alive from now on. False where another has it."""
+        try:
+            lease.acquire()
+        except SetupError:
+            return False
+        except OSError as error:
+            raise DataError(
+                f"{shown(lease.path)}: can't write the lease: {error.strerror or error}; shards and clips that are "
+                "there are kept: see to it, and run again"
+            ) from None
+        with self._lock:
+            self._leases.append(lease)
+        return True
+
+    def _release(self, lease: Lease) -> None:
+        with self._lock:
+            self._leases.remove(lease)
+            lease.release()
 
     def lost(self) -> list[Claim]:
         """What this task believed to hold and doesn't."""
@@ -201,7 +232,7 @@ class Claims:
         claim.journal.close()
         with self._lock:
             self._mine.remove(claim)
-            claim.lease.release()
+        self._release(claim.lease)
 
     def signs_of_life(self) -> dict[str, int]:
         """Size of each journal: it grows as its task encodes clips."""
@@ -229,7 +260,7 @@ class Claims:
             old = sorted(work / name for name in _names(work) if (of := _JOURNAL.fullmatch(name)) and of[1] == stem)
             journal = Journal(work / f"{stem}.{lease.nonce}.journal", head)
         except DataError:
-            lease.release()
+            self._release(lease)
             raise
         writer = self._writer(shard)
         claim = Claim(shard, lease, writer, journal)
@@ -259,15 +290,15 @@ class Claims:
     def _beat(self) -> None:
         while not self._end.wait(HEARTBEAT_S):
             with self._lock:
-                mine = list(self._mine)
-            for claim in mine:
+                leases = list(self._leases)
+            for lease in leases:
                 with self._lock:
-                    if claim not in self._mine:
+                    if lease not in self._leases:
                         continue
                     try:
-                        claim.lease.beat()  # one that was lost is seen where it matters
+                        lease.beat()  # one that was lost is seen where it matters
                     except OSError as error:  # the job will meet that too, and end with it
-                        log.warning("heartbeat of %s not written: %s", claim.shard.name, error)
+                        log.warning("heartbeat of %s not written: %s", lease.what, error)
 
 
 def _names(folder: Path) -> list[str]:
@@ -289,7 +320,7 @@ def remove_leftovers(folder: Path) -> list[str]:
     there, removed = set(os.listdir(folder)), []
     for name in sorted(os.listdir(folder / WORK)) if WORK in there else []:
         path = folder / WORK / name
-        of = re.match(r"\.*(shard-[0-9a-f]{16})\.", name)
+        of = re.match(r"\.*((?:shard|index)-[0-9a-f]{16})\.", name)
         if of is None:
             continue
         lease = _ShardLease(folder / WORK / f"{of[1]}.lease", "", "")

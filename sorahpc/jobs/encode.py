@@ -9,12 +9,15 @@ turns, and puts each clip into the shard's journal as soon as it is encoded. So 
 at; another goes on with its shard. Who finds none to claim waits for those who hold the last ones, and goes on for them
 if they die. A clip that can't be encoded is kept in its shard's list with the reason, and costs nothing but itself; one
 that took too long, needed too much memory or couldn't be read is tried once more before. Whoever finds all shards
-present builds the index. The cache doesn't depend on the number of tasks, nor on how often they were killed.
+present builds the index, one of the launch's tasks while the others wait for it. The cache doesn't depend on the number
+of tasks, nor on how often they were killed.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import os
 import threading
 import time
 from collections import Counter, deque
@@ -30,6 +33,7 @@ import torch
 from sorahpc.config import ClipConfig, Config, config_hash
 from sorahpc.data import dali
 from sorahpc.data.cache import (
+    INDEX,
     INFO,
     PlannedShard,
     Summary,
@@ -59,7 +63,7 @@ from sorahpc.data.texts import DETAILED, Texts
 from sorahpc.errors import DataError, SetupError, Stopped
 from sorahpc.models.text import TextEncoders, load_texts
 from sorahpc.models.vae import Vae, load_vae
-from sorahpc.runs import Task
+from sorahpc.runs import Task, read_json, write_json
 
 log = logging.getLogger(__name__)
 
@@ -154,13 +158,15 @@ def run(config: Config, task: Task) -> None:
         f"{task.launch}:{task.rank}",
         task.restart,
     )
+    index = _Index(task, folder, plan)
     most_ahead = max(AHEAD, config.encode.resources.cpus_per_task)
-    _Line(task, claims, every, vae, config.clip.fps, twice, most_ahead).run()
-    if _finish(folder, plan):
-        for name in remove_leftovers(folder):
-            log.info("removed %s, which a killed task left", shown(folder / WORK / name))
-        index = read_index(folder, vae.channels, texts.dims)
-        _compare(vae, index.mean, index.std)
+    with claims:
+        _Line(task, claims, index, every, vae, config.clip.fps, twice, most_ahead).run()
+        if index.finish(claims):
+            for name in remove_leftovers(folder):
+                log.info("removed %s, which a killed task left", shown(folder / WORK / name))
+            found = read_index(folder, vae.channels, texts.dims)
+            _compare(vae, found.mean, found.std)
 
 
 @dataclass(frozen=True)
@@ -184,13 +190,14 @@ class _Line:
         self,
         task: Task,
         claims: Claims,
+        index: _Index,
         every: list[Video],
         vae: Vae,
         fps: float,
         ready: Callable[[int], _Ready],
         most_ahead: int,
     ) -> None:
-        self.task, self.claims, self.every = task, claims, every
+        self.task, self.claims, self.index, self.every = task, claims, index, every
         self.vae, self.fps, self.ready, self.most_ahead = vae, fps, ready, most_ahead
         self.total = sum(len(shard.rows) for shard in claims.share)
         self.ahead: deque[tuple[Claim, int, Future[_Ready]]] = deque()
@@ -203,16 +210,14 @@ class _Line:
     def run(self) -> None:
         """Until every shard is there. Raises DataError, Stopped; SetupError: nobody gets any further."""
         start = time.monotonic()
-        with self.claims:
-            self.claims.missing()
-            done = self._report()
-            log.info("%d of the %d clips that this task reports are there", done, self.total)
-            self.decoders, self.writer = ThreadPoolExecutor(self.most_ahead, "decode"), ThreadPoolExecutor(1, "write")
-            try:
-                self._run()
-            finally:
-                self.decoders.shutdown(cancel_futures=True)
-                self.writer.shutdown()
+        self.claims.missing()
+        log.info("%d of the %d clips that this task reports are there", self._report(), self.total)
+        self.decoders, self.writer = ThreadPoolExecutor(self.most_ahead, "decode"), ThreadPoolExecutor(1, "write")
+        try:
+            self._run()
+        finally:
+            self.decoders.shutdown(cancel_futures=True)
+            self.writer.shutdown()
         if self.encoded or self.rejected:
             by = ", ".join(f"{count} clips decoded by {reader}" for reader, count in sorted(self.encoded.items()))
             more = f", {self.rejected} rejected" if self.rejected else ""
@@ -277,6 +282,7 @@ class _Line:
 
     def _commit(self, claim: Claim) -> None:
         self._settle()  # one at a time: a shard is built in memory
+        self.index.forget()
         self.writing.append(self.writer.submit(self.claims.commit, claim))
 
     def _settle(self) -> None:
@@ -381,28 +387,90 @@ def _encode(video: Video, ready: Future[_Ready], fps: float, vae: Vae, writer: S
         return rejection(video.key, video.path, reason)
 
 
-def _finish(folder: Path, plan: list[PlannedShard]) -> Summary | None:
-    """Build the index if all shards are there. Raises DataError when no clip at all could be encoded."""
-    summary = build_index(folder, [s.name for s in plan])
-    if summary is None:
-        log.info("other tasks still have shards to make; the last one builds the index")
-        return None
-    if not summary.samples:
-        shown_reasons = "; ".join(f"{r['source']}: {r['reason']}" for r in summary.rejected[:MAX_SHOWN])
-        raise DataError(f"{shown(folder)}: none of {len(summary.rejected)} clips could be encoded: {shown_reasons}")
-    log.info("cache complete: %d samples, %d clips rejected (rejected.json)", summary.samples, len(summary.rejected))
-    if again := sum(may_pass(clip["reason"]) for clip in summary.rejected):
+class _Index:
+    """The index of the plan's shards, which one task of a launch builds, as it reads them all.
+
+    jobs/encode/index.json says which index.parquet the tasks of which launch have built, or why they can't. Another
+    launch builds it anew: it can't know what became of the shards since.
+    """
+
+    def __init__(self, task: Task, folder: Path, plan: list[PlannedShard]) -> None:
+        self.task, self.folder, self.shards = task, folder, [shard.name for shard in plan]
+        digest = hashlib.sha256("\n".join(self.shards).encode()).hexdigest()
+        self.name = f"index-{digest[:16]}"
+        self.told = task.folder.path / "index.json"
+
+    def forget(self) -> None:
+        """To be called before a shard is put where none was."""
+        self.told.unlink(missing_ok=True)
+
+    def finish(self, claims: Claims) -> bool:
+        """Build it, or wait for another task that does. Returns whether it was this one.
+
+        Raises:
+            DataError: it can't be built, by any task, or no clip at all could be encoded. Stopped: on request.
+        """
+        pause_s = MIN_POLL_S
+        while not self._is_built():
+            with claims.alone(self.name) as mine:
+                if mine and not self._is_built():
+                    self._build()
+                    return True
+            if not mine:
+                if pause_s == MIN_POLL_S:
+                    log.info("waiting for another task that builds the index")
+                if self.task.stop_requested():
+                    raise Stopped("encode: all shards are there; stopped while another task builds the index")
+                time.sleep(pause_s)
+                pause_s = min(1.5 * pause_s, MAX_POLL_S)
+        log.info("cache complete: another task has built the index")
+        return False
+
+    def _is_built(self) -> bool:
+        told = read_json(self.told) or {}
+        if (told.get("launch"), told.get("plan")) != (self.task.launch, self.name):
+            return False
+        if "fault" in told:
+            raise DataError(str(told["fault"]))
+        return bool(told.get("index") == self._stamp())
+
+    def _stamp(self) -> list[int] | None:
+        try:
+            with open(self.folder / INDEX, "rb") as file:  # opened: of a name NFS may say what was so a minute ago
+                found = os.fstat(file.fileno())
+        except OSError:
+            return None
+        return [found.st_size, found.st_mtime_ns]
+
+    def _build(self) -> None:
+        told: dict[str, Any] = {"launch": self.task.launch, "plan": self.name}
+        try:
+            summary = build_index(self.folder, self.shards)
+            self._check(summary)
+        except DataError as error:
+            write_json(self.told, {**told, "fault": str(error)})  # or each of them would read all shards to find it
+            raise
+        write_json(self.told, {**told, "index": self._stamp()})
+
+    def _check(self, summary: Summary | None) -> None:
+        folder = shown(self.folder)
+        if summary is None:
+            raise DataError(f"{folder}: a shard that was there is gone; run encode again, which makes it")
+        if not summary.samples:
+            reasons = "; ".join(f"{r['source']}: {r['reason']}" for r in summary.rejected[:MAX_SHOWN])
+            raise DataError(f"{folder}: none of {len(summary.rejected)} clips could be encoded: {reasons}")
         log.info(
-            "%d of them for want of time or memory, or by the file system: `sorahpc cache retry %s`, then encode, has "
-            "these tried again",
-            again,
-            shown(folder),
+            "cache complete: %d samples, %d clips rejected (rejected.json)", summary.samples, len(summary.rejected)
         )
-    if summary.superseded:
-        log.info(
-            "%d shards in %s are not of this manifest; left alone, no longer read", summary.superseded, shown(folder)
-        )
-    return summary
+        if again := sum(may_pass(clip["reason"]) for clip in summary.rejected):
+            log.info(
+                "%d of them for want of time or memory, or by the file system: `sorahpc cache retry %s`, then encode, "
+                "has these tried again",
+                again,
+                folder,
+            )
+        if summary.superseded:
+            log.info("%d shards in %s are not of this manifest; left alone, no longer read", summary.superseded, folder)
 
 
 def _compare(vae: Vae, mean: torch.Tensor, std: torch.Tensor) -> None:
