@@ -702,6 +702,46 @@ def test_real_pictures_are_scaled_and_converted_as_by_ffmpegs_own_filter(
     assert (decode(path, at(*size, 0))[0] == expected[top : top + height, left : left + width]).all()
 
 
+@pytest.mark.parametrize(
+    ("name", "codec", "pix_fmt", "options"),
+    [
+        ("a.webm", "libvpx-vp9", "yuva420p", {}),  # alpha is a stream of its own, beside the picture's
+        ("a.mov", "prores_ks", "yuva444p10le", {"profile": "4444"}),
+        ("a.mkv", "ffv1", "bgra", {}),
+        ("a.mkv", "ffv1", "yuva420p", {}),
+        ("a.avi", "utvideo", "gbrap", {}),
+    ],
+)
+def test_transparency_changes_no_colour(
+    tmp_path: Path, name: str, codec: str, pix_fmt: str, options: dict[str, str]
+) -> None:
+    y, x = np.mgrid[:64, :96]
+    rgb = np.stack([255 - 2 * x, 40 + 2 * y, 60 + x + y], -1).astype(np.uint8)
+    alpha = np.where(y < 32, 0, 5 * x % 256)[..., None]
+    frames = np.concatenate([rgb, alpha], -1).astype(np.uint8)
+    path = tmp_path / name
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream(codec, rate=8, options=options)
+        stream.width, stream.height, stream.pix_fmt = 96, 64, pix_fmt
+        stream.codec_context.colorspace = 1
+        stream.codec_context.color_range = 1 if pix_fmt.startswith("yuv") else 2
+        for i in range(3):
+            frame = av.VideoFrame.from_ndarray(frames, format="rgba").reformat(
+                format=pix_fmt, dst_colorspace=1, dst_color_range=stream.codec_context.color_range
+            )
+            frame.pts, frame.time_base = i, Fraction(1, 8)
+            out.mux(stream.encode(frame))
+        out.mux(stream.encode(None))
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        assert "a" in next(container.decode(stream)).format.name or stream.metadata["alpha_mode"] == "1"
+    assert probe(path).frames == 3
+    for size in ((64, 96), (32, 48)):
+        expected = rgb.reshape(size[0], 64 // size[0], size[1], 96 // size[1], 3).mean((1, 3))
+        error = np.abs(decode(path, at(*size, 0.25))[0] - expected)
+        assert error.mean() < 1.5 and error.max() <= 8, (error.mean(), error.max())
+
+
 def test_unflagged_colours_are_read_as_players_do(tmp_path: Path) -> None:
     def unflagged(height: int, width: int) -> np.ndarray:
         path = tmp_path / f"{width}.mp4"

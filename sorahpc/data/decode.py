@@ -239,6 +239,9 @@ def decode(path: Path | str, plan: ClipPlan) -> np.ndarray:
     else by BT.601, as players do. Of HDR (PQ, HLG) what is brighter than the reference white of ITU-R BT.2408,
     203 cd/m2, is white.
 
+    Transparency is left out, as by FFmpeg's own way to rgb24: a pixel has the colour that the file holds for it, even
+    where nothing of it would be seen.
+
     Returns:
         uint8 [T, H, W, 3], RGB.
 

@@ -184,6 +184,9 @@ def decode(file: IO[bytes], plan: ClipPlan, clip: np.ndarray) -> None:
     else by BT.601, as players do. Of HDR (PQ, HLG) what is brighter than the reference white of ITU-R BT.2408,
     203 cd/m2, is white.
 
+    Transparency is left out, as by FFmpeg's own way to rgb24: a pixel has the colour that the file holds for it, even
+    where nothing of it would be seen.
+
     Raises:
         Unusable: the file can't be read, is corrupt, or ends before the plan does. MemoryError.
     """
