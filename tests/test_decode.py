@@ -19,7 +19,7 @@ from av.filter import Graph
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
-from videos import NOTHING, claim_matrix, cut, numbered, numbers, recording, write_video
+from videos import NOTHING, claim_dolby_vision, claim_matrix, cut, numbered, numbers, recording, remuxed, write_video
 
 from sorahpc.config import ClipConfig
 from sorahpc.configfile import parse_config
@@ -594,6 +594,31 @@ def test_colours_of_a_wide_gamut_keep_their_place_in_the_narrow_one(tmp_path: Pa
         y = 0.2627 * r + 0.6780 * g + 0.0593 * b
         path = flagged(tmp_path / "a.mkv", np.array([y, (b - y) / 1.8814, (r - y) / 1.4746]), 14, 9)
         assert np.abs(decode(path, at(64, 64, 0))[0, 9, 9] - 255 * np.array(rgb)).max() <= 1, rgb
+
+
+@pytest.mark.parametrize(
+    ("suffix", "codec", "profile", "compatibility", "refused"),
+    [
+        ("mp4", "libx265", 5, 0, True), ("mkv", "libx265", 5, 0, True), ("mp4", "libsvtav1", 10, 0, True),
+        ("mp4", "libx265", 8, 1, False), ("mkv", "libx265", 8, 1, False), ("mp4", "libx265", 8, 4, False),
+        ("mp4", "libx265", 7, 6, False), ("mp4", "libsvtav1", 10, 1, False),
+        ("mp4", "libx265", 7, 0, False),  # as records were written before they told it
+    ],
+)  # fmt: skip
+def test_dolby_vision_is_read_by_its_base_layer_or_refused_where_there_is_none(
+    tmp_path: Path, suffix: str, codec: str, profile: int, compatibility: int, refused: bool
+) -> None:
+    path = write_video(tmp_path / "a.mp4", numbered(3), codec=codec, pix_fmt="yuv420p10le", audio=True)
+    expected = decode(path, at(64, 64, 0, 0.25))
+    claim_dolby_vision(path, profile, compatibility)
+    if suffix == "mkv":
+        path = remuxed(path, tmp_path / "a.mkv")
+    for use in (probe, lambda p: decode(p, at(64, 64, 0, 0.25))):
+        if refused:
+            with pytest.raises(VideoError, match=rf"^{path}: Dolby Vision profile {profile}: no picture for other dec"):
+                use(path)
+    if not refused:
+        assert probe(path).frames == 3 and (decode(path, at(64, 64, 0, 0.25)) == expected).all()
 
 
 def test_colours_that_can_not_be_converted_are_refused_by_prepare_already(tmp_path: Path) -> None:

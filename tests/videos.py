@@ -103,6 +103,17 @@ def cut(source: Path, path: Path, share: float) -> Path:
     return path
 
 
+def remuxed(source: Path, path: Path) -> Path:
+    """The same packets in another container."""
+    with av.open(str(source)) as old, av.open(str(path), "w") as new:
+        streams = {stream.index: new.add_stream_from_template(stream) for stream in old.streams}
+        for packet in old.demux():
+            if packet.size:
+                packet.stream = streams[packet.stream.index]
+                new.mux(packet)
+    return path
+
+
 def shots(path: Path, lengths: Sequence[int]) -> Path:
     """A video of still pictures of coloured squares, each of so many frames, 8 a second."""
     rng = np.random.default_rng(0)
@@ -128,4 +139,20 @@ def claim_matrix(path: Path, matrix: tuple[int, int, int, int]) -> None:
     values = list(struct.unpack(">9i", data[at : at + 36]))
     values[0], values[1], values[3], values[4] = (v << 16 for v in matrix)
     data[at : at + 36] = struct.pack(">9i", *values)
+    path.write_bytes(data)
+
+
+def claim_dolby_vision(path: Path, profile: int, compatibility: int) -> None:
+    """Put a configuration record of Dolby Vision into an mp4 whose index is at its end, of HEVC or AV1.
+
+    compatibility: what its base layer is to other decoders: 0 nothing, 1 HDR10, 2 SDR, 4 HLG, 6 Blu-ray's HDR10.
+    """
+    data = bytearray(path.read_bytes())
+    entry = data.index(b"stsd") + 12  # its first; after version, flags and count
+    flags = profile << 9 | 6 << 3 | 0b101  # level 6; RPU, no enhancement layer, base layer
+    record = struct.pack(">I4sBBHB19x", 32, b"dvcC" if profile < 8 else b"dvvC", 1, 0, flags, compatibility << 4)
+    (size,) = struct.unpack(">I", data[entry : entry + 4])
+    data[entry + size : entry + size] = record
+    for at in (entry, *(data.index(box) - 4 for box in (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"stsd"))):
+        data[at : at + 4] = struct.pack(">I", struct.unpack(">I", data[at : at + 4])[0] + len(record))
     path.write_bytes(data)

@@ -7,6 +7,7 @@ other files), only the decoders of DECODERS look at their streams, and a frame h
 from __future__ import annotations
 
 import errno
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import IO, Any
@@ -65,6 +66,10 @@ def opened(file: IO[bytes]) -> Iterator[tuple[Any, Any]]:
             raise Unusable(f"no decoder: {context.codec.name} is not among those trusted with files of others")
         if context.width * context.height > MAX_PIXELS:
             raise Unusable(f"too large: {context.width}x{context.height} px, at most {MAX_PIXELS} px a frame")
+        if profile := _dolby_vision(container, stream):
+            raise Unusable(
+                f"Dolby Vision profile {profile}: no picture for other decoders in it; convert it to HDR10 or SDR"
+            )
         context.thread_count = 1
         # The stream's own headers may claim another size than the container did.
         context.options = {"max_pixels": str(MAX_PIXELS), "codec_whitelist": ",".join(DECODERS)}
@@ -72,6 +77,29 @@ def opened(file: IO[bytes]) -> Iterator[tuple[Any, Any]]:
             yield container, stream
         except OSError as error:  # of the file system; FFmpeg's own are caught where they arise
             raise Unusable(f"can't read: {error.strerror}") from None
+
+
+# "DOVI configuration record: version: 1.0, profile: 5, level: 6, rpu flag: 1, ..., compatibility id: 0, ..."
+_RECORD = re.compile(r"DOVI configuration record: .*\bprofile: (\d+), .*\bcompatibility id: (\d+)")
+_INCOMPATIBLE = ("5", "10", "20")  # of HEVC, AV1, MV-HEVC; others have a base layer as of HDR10, HLG or SDR
+
+
+def _dolby_vision(container: Any, stream: Any) -> str:
+    """The profile, where a stream says that its pictures are of IPTPQc2; as YCbCr they would be green and violet.
+
+    Told by the configuration record in the container, which PyAV shows in this text alone; else "".
+    """
+    if stream.codec_context.codec.canonical_name not in ("hevc", "av1"):
+        return ""
+    before = av.logging.get_level()
+    av.logging.set_level(av.logging.INFO)
+    try:
+        described = container.dumps_format()
+    finally:
+        av.logging.set_level(before)
+    own = re.search(rf"^  Stream #0:{stream.index}\b.*?(?=^  Stream #|\Z)", described, re.DOTALL | re.MULTILINE)
+    found = _RECORD.search(own[0]) if own else None
+    return found[1] if found and found[1] in _INCOMPATIBLE and found[2] == "0" else ""
 
 
 def _why_not_opened(head: bytes, error: Exception) -> str:
