@@ -8,13 +8,17 @@ import os
 import stat
 from pathlib import Path
 
-_KINDS = {stat.S_IFIFO: "a FIFO", stat.S_IFDIR: "a folder", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
+_KINDS = {
+    stat.S_IFIFO: "a FIFO", stat.S_IFDIR: "a folder", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
+    stat.S_IFSOCK: "a socket", stat.S_IFLNK: "a link",
+}  # fmt: skip
 
 
 class NotRegular(OSError):
     """A FIFO, socket, device or folder: reading it could wait for ever, or never end. `strerror` says which."""
 
-    def __init__(self, path: Path | str, kind: str) -> None:
+    def __init__(self, path: Path | str, mode: int) -> None:
+        kind = _KINDS.get(stat.S_IFMT(mode), "special")
         super().__init__(errno.EINVAL, f"not a regular file: {kind}", str(path))
 
 
@@ -28,12 +32,12 @@ def open_regular(path: Path | str) -> io.BufferedReader:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # NONBLOCK: a FIFO without a writer would hang
     except OSError as error:
         if error.errno == errno.ENXIO:
-            raise NotRegular(path, "a socket") from None
+            raise NotRegular(path, stat.S_IFSOCK) from None
         raise
     mode = os.fstat(fd).st_mode
     if not stat.S_ISREG(mode):
         os.close(fd)
-        raise NotRegular(path, _KINDS.get(stat.S_IFMT(mode), "special"))
+        raise NotRegular(path, mode)
     return os.fdopen(fd, "rb")
 
 

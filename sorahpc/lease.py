@@ -11,12 +11,14 @@ import contextlib
 import json
 import os
 import socket
+import stat
 import time
 import uuid
 from pathlib import Path
 from typing import Any
 
 from sorahpc.errors import SetupError
+from sorahpc.files import NotRegular
 from sorahpc.runs import atomic_write, read_state
 
 STALE_AFTER_S = 60.0
@@ -75,6 +77,10 @@ def describe(holder: dict[str, Any]) -> str:
     return f"{job}{holder.get('host', '?')} (pid {holder.get('pid', '?')}), alive {age:.0f} s ago"
 
 
+class Held(SetupError):
+    """Somebody else has it."""
+
+
 class Lease:
     """The right to write for one task.
 
@@ -98,11 +104,11 @@ class Lease:
         own = holder.get("launch") == self.launch and int(holder.get("restart") or 0) < self.restart
         return not own and is_alive(holder)
 
-    def refuse(self, holder: dict[str, Any]) -> SetupError:
-        return SetupError(f"{self.what}: is held by {describe(holder)}; wait for it, or end it with `sorahpc cancel`")
+    def refuse(self, holder: dict[str, Any]) -> Held:
+        return Held(f"{self.what}: is held by {describe(holder)}; wait for it, or end it with `sorahpc cancel`")
 
     def acquire(self) -> Lease:
-        """Take it. Raises SetupError, naming the holder, where another has it."""
+        """Take it. Raises Held, naming the holder, where another has it; SetupError where its name is of no file."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         aside = self.path.with_name(f".{self.path.name}.{self.nonce}")
         for _ in range(20):
@@ -116,13 +122,18 @@ class Lease:
                 aside.unlink(missing_ok=True)
             holder = read_state(self.path)
             if holder is None:
-                if not self.path.exists():
+                try:
+                    found = os.lstat(self.path)
+                except FileNotFoundError:
                     continue  # given back in between
-                holder = {"heartbeat": self.path.stat().st_mtime}  # not ours to read: held while it is fresh
+                if not stat.S_ISREG(found.st_mode):
+                    why = NotRegular(self.path, found.st_mode).strerror
+                    raise SetupError(f"{self.what}: its lease {self.path}: {why}; remove it, and run again")
+                holder = {"heartbeat": found.st_mtime}  # not ours to read: held while it is fresh
             if self.blocked_by(holder):
                 raise self.refuse(holder)
             self._remove(holder)
-        raise SetupError(f"{self.what}: {self.path} changes hands again and again; is it launched in a loop?")
+        raise Held(f"{self.what}: {self.path} changes hands again and again; is it launched in a loop?")
 
     def _remove(self, stale: dict[str, Any]) -> None:
         """Move a stale lease away, and no newer one that another task put there since it was read."""

@@ -30,6 +30,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sorahpc.files import read_regular
+
 STATUS_INTERVAL_S = 2.0
 
 
@@ -70,7 +72,7 @@ def write_json(path: Path, value: Any, *, durable: bool = True) -> None:
 def read_json(path: Path) -> dict[str, Any] | None:
     """A JSON mapping, or None where there is none (missing, unreadable, not JSON): for files that others rewrite."""
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(read_regular(path))
     except (OSError, ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None

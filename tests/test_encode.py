@@ -795,6 +795,67 @@ def test_a_shard_that_is_taken_over_while_it_is_written_is_left_to_the_other(
     assert next(reads) > 3 and content(config) == whole
 
 
+@pytest.mark.timeout(120)  # what waits for a FIFO waits for ever
+@pytest.mark.parametrize("kind", ["FIFO", "folder", "device"])
+def test_what_has_a_name_of_ours_and_is_no_file_is_one_line_or_left_alone(
+    world: Path, whole: dict[str, bytes], kind: str
+) -> None:
+    config = prepared(world, f"no_{kind}")
+    encode.run(config, task(config))
+    cache_dir, work = config.cache_dir, config.cache_dir / WORK
+    shard = min(cache_dir.glob("shard-*.h5"))
+
+    def put(path: Path) -> Path:
+        if kind == "FIFO":
+            os.mkfifo(path)
+        elif kind == "folder":
+            path.mkdir()
+        else:
+            path.symlink_to("/dev/zero")
+        return path
+
+    def take_away(path: Path) -> None:
+        path.rmdir() if path.is_dir() else path.unlink()
+
+    def refused(error: type[Exception], line: str) -> None:
+        with pytest.raises(error, match=line) as caught:
+            encode.run(config, task(config))
+        assert "\n" not in str(caught.value)
+
+    shard.unlink()
+    put(shard)
+    refused(DataError, rf"{shard.name}: .*not a regular file: a {kind}")
+    found = {fault.file: fault.what for fault in verify(cache_dir).faults}
+    assert f"not a regular file: a {kind}" in found[shard.name]
+    take_away(shard)
+    what = "link" if kind == "device" else kind  # a lease is never one, wherever it leads
+    lease_file = put(work / f"{shard.stem}.lease")
+    refused(
+        SetupError, rf"^{shard.name}: its lease .*{lease_file.name}: not a regular file: a {what}; remove it, and run"
+    )
+    take_away(lease_file)
+    journal = put(work / f"{shard.stem}.{'b' * 32}.journal")
+    refused(DataError, rf"{journal.name}: can't read the journal: not a regular file: a {kind}; .* and run again$")
+    take_away(journal)
+    left = [cache_dir / ".shard-0.h5.elsewhere.1.part", work / "notes", work / f".{shard.stem}.lease.x.stale"]
+    for path in left:
+        put(path)
+        os.utime(path, (1, 1), follow_symlinks=False)
+    encode.run(config, task(config))
+    assert content(config) == whole and all(os.path.lexists(path) for path in left)
+    put(work / f"{shard.stem}.{'c' * 32}.journal")  # of a shard that is there
+    (cache_dir / "rejected.json").unlink()
+    put(cache_dir / "rejected.json")
+    (cache_dir / INDEX).unlink()
+    put(cache_dir / INDEX)
+    if kind == "folder":
+        refused(DataError, r"index.parquet: can't write it or rejected.json: Is a directory; .* and run again")
+    else:
+        assert verify(cache_dir).faults
+        encode.run(config, task(config))
+        assert content(config) == whole
+
+
 def test_a_journal_that_can_not_be_read_and_a_cache_that_is_gone_are_one_line(
     world: Path, whole: dict[str, bytes]
 ) -> None:
@@ -803,7 +864,7 @@ def test_a_journal_that_can_not_be_read_and_a_cache_that_is_gone_are_one_line(
     for name in whole:
         if name.startswith("shard-"):
             (work / f"{name.removesuffix('.h5')}.{'a' * 32}.journal").mkdir(parents=True)
-    with pytest.raises(DataError, match=r"journal: can't read the journal: Is a directory; .* and run again$"):
+    with pytest.raises(DataError, match=r"journal: can't read the journal: not a regular file: a folder; .* and run"):
         encode.run(config, task(config))
     shutil.rmtree(config.cache_dir)
     looks = iter(range(100))

@@ -212,7 +212,7 @@ def build_index(folder: Path, shards: Sequence[str]) -> Summary | None:
     (of an earlier manifest, say) are left alone and out of the index; the summary counts them.
 
     Raises:
-        DataError: a shard is damaged, or a key comes twice.
+        DataError: a shard is damaged, a key comes twice, or it can't be written.
     """
     # A listing, not a look-up of each name: on NFS a name that was missing a moment ago is remembered as missing.
     there = {name for name in os.listdir(folder) if SHARD.fullmatch(name)}
@@ -224,9 +224,15 @@ def build_index(folder: Path, shards: Sequence[str]) -> Summary | None:
     buffer = io.BytesIO()
     pq.write_table(made.table, buffer, compression="zstd")
     data = buffer.getvalue()
-    if not (folder / INDEX).is_file() or (folder / INDEX).read_bytes() != data:
-        write_json(folder / REJECTED, made.rejected)
-        atomic_write(folder / INDEX, data)
+    try:
+        if not (folder / INDEX).is_file() or (folder / INDEX).read_bytes() != data:
+            write_json(folder / REJECTED, made.rejected)
+            atomic_write(folder / INDEX, data)
+    except OSError as error:
+        raise DataError(
+            f"{shown(folder / INDEX)}: can't write it or {REJECTED}: {error.strerror or error}; the shards are kept: "
+            "see to it, and run again"
+        ) from None
     return Summary(made.table.num_rows, made.rejected, len(there - set(shards)))
 
 

@@ -16,6 +16,7 @@ import contextlib
 import logging
 import os
 import re
+import stat
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,8 +27,8 @@ from sorahpc.data.cache import PlannedShard
 from sorahpc.data.journal import Journal, Record, cache_sha256, head_of, replay
 from sorahpc.data.manifest import shown
 from sorahpc.data.shards import Sample, ShardWriter
-from sorahpc.errors import DataError, SetupError
-from sorahpc.lease import HEARTBEAT_S, STALE_AFTER_S, Lease, describe, is_fresh
+from sorahpc.errors import DataError
+from sorahpc.lease import HEARTBEAT_S, STALE_AFTER_S, Held, Lease, describe, is_fresh
 from sorahpc.runs import read_state
 
 log = logging.getLogger(__name__)
@@ -144,7 +145,8 @@ class Claims:
         """Claim a shard, with what is known of its clips; None where others hold all that are missing.
 
         Raises:
-            DataError: lease or journal can't be written, or a journal of the shard can't be read.
+            DataError: lease or journal can't be written, or a journal of the shard can't be read. SetupError: what has
+            the lease's name is no file.
         """
         self.missing()
         with self._lock:
@@ -183,7 +185,7 @@ class Claims:
         """Take a lease, and keep it alive from now on. False where another has it."""
         try:
             lease.acquire()
-        except SetupError:
+        except Held:
             return False
         except OSError as error:
             raise DataError(
@@ -318,7 +320,7 @@ def remove_leftovers(folder: Path) -> list[str]:
         the names of what was deleted.
     """
     there, removed = set(os.listdir(folder)), []
-    for name in sorted(os.listdir(folder / WORK)) if WORK in there else []:
+    for name in sorted(os.listdir(folder / WORK)) if (folder / WORK).is_dir() else []:
         path = folder / WORK / name
         of = re.match(r"\.*((?:shard|index)-[0-9a-f]{16})\.", name)
         if of is None:
@@ -329,8 +331,9 @@ def remove_leftovers(folder: Path) -> list[str]:
             # What begins with a dot is on its way to be a lease, of one who hasn't seen that the shard is there.
             # What is of no shard that is there may be of another manifest, whose run will go on with it.
             keep_s = LEFT_AFTER_S if f"{of[1]}.h5" not in there else STALE_AFTER_S if name.startswith(".") else 0.0
-            young = keep_s > 0 and time.time() - path.stat().st_mtime < keep_s
-            if not young and (holder is None or not lease.blocked_by(holder)):
+            found = os.lstat(path)
+            young = keep_s > 0 and time.time() - found.st_mtime < keep_s
+            if stat.S_ISREG(found.st_mode) and not young and (holder is None or not lease.blocked_by(holder)):
                 path.unlink()
                 removed.append(name)
     return removed

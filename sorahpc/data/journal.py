@@ -35,6 +35,7 @@ from sorahpc.data.manifest import shown
 from sorahpc.data.shards import BITS, KEY, MAX_SIDE, Sample, crc32, pieces_of
 from sorahpc.data.texts import DETAILED
 from sorahpc.errors import DataError
+from sorahpc.files import open_regular
 
 _HEAD = struct.Struct("<4sIQI")
 _MAGIC = b"SHJ1"
@@ -154,7 +155,7 @@ def replay(path: Path, head: Mapping[str, Any], dtype: str, channels: int, dims:
     Raises:
         OSError: it can't be read.
     """
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         found = _next(file, size)
         if found is None or found[0] != head:

@@ -56,6 +56,7 @@ from sorahpc.data.shards import (
 )
 from sorahpc.data.texts import DETAILED
 from sorahpc.errors import ConfigError, DataError
+from sorahpc.files import open_regular, read_text
 from sorahpc.models.lengths import Lengths
 from sorahpc.runs import atomic_write, fsync_dir, write_json
 
@@ -184,7 +185,7 @@ def _check_shard(path: Path, kinds: Kinds | None, rows: list[dict[str, Any]]) ->
     # Where the shard itself is whole its own table counts, and an index that says else is the one at fault.
     believed = rows if shard is None or (faults and rows) else shard.rows
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             for row in believed:
                 faults += _check_sample(file, path.name, row, kinds[1])
     except OSError as error:
@@ -232,7 +233,7 @@ def _against_shards(
         except DataError as error:
             faults.append(_fault(error, folder / INDEX))
     try:
-        rejected = json.loads((folder / REJECTED).read_text(encoding="utf-8"))
+        rejected = json.loads(read_text(folder / REJECTED))
     except (OSError, ValueError, RecursionError) as error:
         faults.append(Fault(REJECTED, "", f"can't be read: {getattr(error, 'strerror', None) or 'not JSON'}"))
     else:

@@ -23,6 +23,7 @@ import math
 import os
 import re
 import socket
+import stat
 import struct
 import time
 import zlib
@@ -376,10 +377,11 @@ def remove_stale_parts(folder: Path) -> list[str]:
     for part in sorted(folder.glob(".*.part")):
         host, _, pid = part.name.removesuffix(".part").rpartition(".")
         try:
-            stale = time.time() - part.stat().st_mtime > STALE_PART_S
+            found = os.lstat(part)
+            stale = time.time() - found.st_mtime > STALE_PART_S
             if not stale and host.endswith(f".{socket.gethostname()}") and pid.isascii() and pid.isdigit():
                 stale = not _alive(int(pid))
-            if stale:
+            if stale and stat.S_ISREG(found.st_mode):
                 part.unlink()
                 removed.append(part.name)
         except FileNotFoundError:  # its writer was quicker

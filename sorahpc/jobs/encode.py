@@ -61,6 +61,7 @@ from sorahpc.data.shards import (
 )
 from sorahpc.data.texts import DETAILED, Texts
 from sorahpc.errors import DataError, SetupError, Stopped
+from sorahpc.files import open_regular
 from sorahpc.models.text import TextEncoders, load_texts
 from sorahpc.models.vae import Vae, load_vae
 from sorahpc.runs import Task, read_json, write_json
@@ -436,7 +437,7 @@ class _Index:
 
     def _stamp(self) -> list[int] | None:
         try:
-            with open(self.folder / INDEX, "rb") as file:  # opened: of a name NFS may say what was so a minute ago
+            with open_regular(self.folder / INDEX) as file:  # opened: of a name NFS may say what was so a minute ago
                 found = os.fstat(file.fileno())
         except OSError:
             return None
