@@ -463,6 +463,28 @@ def test_a_config_that_names_code_of_another_place_is_refused(folder: Path, key:
         load(folder)
 
 
+@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize(
+    ("adapter", "base"),
+    [
+        ('{"base_model_name_or_path": "somebody/\\nlarge", "peft_type": "LORA"}', " for 'somebody/\\\\nlarge'"),
+        ("{", ""),
+    ],
+)
+def test_an_adapter_is_refused_since_transformers_may_fetch_or_leave_out_what_belongs_to_it(
+    folder: Path, adapter: str, base: str, alone: bool
+) -> None:
+    (folder / "adapter_config.json").write_text(adapter)
+    (folder / "model.safetensors").rename(folder / "adapter_model.safetensors") if alone else None
+    (folder / "config.json").unlink() if alone else None
+    with pytest.raises(ConfigError) as caught:
+        load(folder)
+    assert str(caught.value) == (
+        f"caption.path: {folder} holds an adapter of PEFT (adapter_config.json){base}, expected a whole model; "
+        "merge both (merge_and_unload, save_pretrained), or take the adapter's files away"
+    )
+
+
 @pytest.mark.parametrize(
     ("name", "data", "expected"),
     [

@@ -113,6 +113,7 @@ def test_umt5_loads_by_the_same_code(tiny: Path, tmp_path: Path) -> None:
             lambda f: (f / "config.json").write_text('{"model_type": "t5", "attn_implementation": "who/kernel"}'),
             "found 'who/kernel', code of another place",
         ),
+        (lambda f: (f / "adapter_config.json").write_text('{"base_model_name_or_path": "t5"}'), "adapter .* for 't5'"),
         (lambda f: (f / "model.safetensors.index.json").write_text("{}"), "one of them expected"),
         (lambda f: (f / "model.safetensors").unlink(), "no model.safetensors"),
         (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "safetensors only"),

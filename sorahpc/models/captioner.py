@@ -8,7 +8,6 @@ would depend on the number of tasks. For speed let a server batch, behind `capti
 from __future__ import annotations
 
 import functools
-import json
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -35,7 +34,7 @@ from sorahpc.data.decode import ClipPlan, VideoError, decode
 from sorahpc.data.manifest import Video, shown
 from sorahpc.errors import ConfigError, Stopped
 from sorahpc.models.endpoint import Endpoint
-from sorahpc.models.text import WEIGHTS, import_transformers, refuse_remote_kernels
+from sorahpc.models.text import WEIGHTS, import_transformers, model_type
 from sorahpc.models.vae import sha256_files, weight_files
 
 log = logging.getLogger(__name__)
@@ -91,14 +90,7 @@ class LocalModel:
         """Raises ConfigError, naming caption.path: no such folder or file, or another kind of model."""
         if not folder.is_dir():
             raise ConfigError(f"caption.path: no folder {folder}; expected a local model (config.json, safetensors)")
-        try:
-            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            kind = config["model_type"]
-            if not isinstance(kind, str):
-                raise TypeError
-            refuse_remote_kernels(config, folder, "caption.path")
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            raise ConfigError(f"caption.path: no readable config.json with a model_type in {folder}") from None
+        kind = model_type(folder, "caption.path")
         auto = import_transformers().models.auto.modeling_auto
         self._sees = kind in auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
         if not self._sees and kind not in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:

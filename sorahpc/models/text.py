@@ -8,6 +8,7 @@ Weights are read from safetensors only, nothing is fetched, and no code of the f
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,10 @@ from sorahpc.config import TextConfig
 from sorahpc.data.manifest import shown
 from sorahpc.errors import ConfigError, SetupError
 from sorahpc.models.vae import sha256_files, weight_files
-from sorahpc.runs import atomic_write, write_json
+from sorahpc.runs import atomic_write, read_json, write_json
 from sorahpc.store import resolve
 
-WEIGHTS = "model.safetensors"
+WEIGHTS, ADAPTER = "model.safetensors", "adapter_config.json"
 _CLASSES = {"t5": "T5EncoderModel", "umt5": "UMT5EncoderModel"}  # model_type of config.json -> class
 _TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
 _CLIP_TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt")
@@ -141,7 +142,32 @@ def import_transformers() -> Any:
     return transformers
 
 
-def refuse_remote_kernels(config: Any, folder: Path, where: str) -> None:
+def model_type(folder: Path, where: str) -> str:
+    """What a model folder says it is, if transformers would load it from this folder alone.
+
+    Raises:
+        ConfigError: it says nothing, holds an adapter, or names code of another place; `where` is the folder's key.
+    """
+    if os.path.lexists(folder / ADAPTER):
+        # Where peft is installed transformers applies it, or fetches the base model that it names; else it's left out.
+        base = (read_json(folder / ADAPTER) or {}).get("base_model_name_or_path")
+        of = f" for {shown(str(base))!r}" if base else ""
+        raise ConfigError(
+            f"{where}: {folder} holds an adapter of PEFT ({ADAPTER}){of}, expected a whole model; "
+            "merge both (merge_and_unload, save_pretrained), or take the adapter's files away"
+        )
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        kind = config["model_type"]
+        if not isinstance(kind, str):
+            raise TypeError
+        _refuse_remote_kernels(config, folder, where)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        raise ConfigError(f"{where}: no readable config.json with a model_type in {folder}") from None
+    return kind
+
+
+def _refuse_remote_kernels(config: Any, folder: Path, where: str) -> None:
     """A config may name a repository to fetch attention code from, which no `trust_remote_code` guards.
 
     Raises:
@@ -154,10 +180,10 @@ def refuse_remote_kernels(config: Any, folder: Path, where: str) -> None:
                     f"{where}: {folder}/config.json: {shown(str(key))}: the name of an implementation expected, "
                     f"found {shown(str(value))!r}, code of another place; remove it"
                 )
-            refuse_remote_kernels(value, folder, where)
+            _refuse_remote_kernels(value, folder, where)
     elif isinstance(config, list):
         for value in config:
-            refuse_remote_kernels(value, folder, where)
+            _refuse_remote_kernels(value, folder, where)
 
 
 def load_text(
@@ -212,14 +238,7 @@ def _load(
             f"{where}: no folder {folder}; expected a local {'/'.join(classes)} encoder (config.json, safetensors, "
             "tokenizer)"
         )
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        kind = config["model_type"]
-        if not isinstance(kind, str):
-            raise TypeError
-        refuse_remote_kernels(config, folder, where)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        raise ConfigError(f"{where}: no readable config.json with a model_type in {folder}") from None
+    kind = model_type(folder, where)
     if kind not in classes:
         raise ConfigError(
             f"{where}: model_type in {folder}/config.json: expected one of {', '.join(classes)}, found {kind!r}"
