@@ -101,8 +101,8 @@ def fault(folder: Path, name: str) -> Path:
         ("segfault", "decoder crashed: SIGSEGV"),
         ("abort", "decoder crashed: SIGABRT"),
         ("exit", "decoder crashed: exit code 3"),
-        ("hang", "took longer than 0.5 s"),
-        ("holds", "took longer than 0.5 s"),
+        ("hang", "took longer than 0.2 s"),
+        ("holds", "took longer than 0.2 s"),
         ("bomb", "needs more than 0.25 GB of memory to read"),
         ("bug", "unexpected: KeyError: 'of ours'"),
         ("writes", "unexpected: ZeroDivisionError: division by zero"),
@@ -117,7 +117,7 @@ def test_a_crash_a_hang_and_a_bomb_are_reasons_and_the_next_file_is_read(
     for use in (probe, lambda path: decode(path, PLAN)):
         with pytest.raises(VideoError) as caught, monkeypatch.context() as patch:
             if reason.startswith("took"):
-                patch.setattr(decode_module, "PATIENCE_S", 0.5)
+                patch.setattr(decode_module, "PATIENCE_S", 0.2)
                 patch.setattr(decode_module, "DECODE_S_PER_S", 0.0)
             use(bad)
         assert caught.value.reason == reason and str(caught.value) == f"{bad}: {reason}"
