@@ -75,6 +75,19 @@ def test_another_key_is_refused_by_field_with_both_values(tmp_path: Path) -> Non
         check_info(tmp_path / INFO, read_info(tmp_path), {"dtype": "bfloat16"})
 
 
+def test_a_field_that_a_cache_is_too_old_for_passes_and_is_held_against_all_that_have_it(tmp_path: Path) -> None:
+    def of(config: str) -> dict:
+        return {**info(), "vae": {**info()["vae"], "config_sha256": config * 64}}
+
+    pin_info(tmp_path / "old", info())
+    pin_info(tmp_path / "old", of("1"))
+    assert read_info(tmp_path / "old")["vae"] == info()["vae"]  # it says no more than it knows
+    pin_info(tmp_path / "new", of("1"))
+    pin_info(tmp_path / "new", info())
+    with pytest.raises(DataError, match=r"^\S+: field `vae.config_sha256`: expected \"2{64}\", found \"1{64}\"; use"):
+        pin_info(tmp_path / "new", of("2"))
+
+
 def test_of_many_workers_that_pin_at_once_one_wins_and_the_others_agree_or_are_refused(tmp_path: Path) -> None:
     outcomes: list[str] = []
 

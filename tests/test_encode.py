@@ -9,6 +9,7 @@ import json
 import logging
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import threading
@@ -28,7 +29,7 @@ from sorahpc import lease
 from sorahpc.config import Config
 from sorahpc.configfile import parse_config
 from sorahpc.data import cache, claims, isolate
-from sorahpc.data.cache import INDEX
+from sorahpc.data.cache import INDEX, INFO
 from sorahpc.data.claims import WORK
 from sorahpc.data.decode import ClipPlan, decode
 from sorahpc.data.latents import LatentCache
@@ -924,6 +925,30 @@ def test_another_vae_or_text_encoder_is_refused_by_its_hash(
     config = prepared(world, "whole", text={"path": str(tmp_path / "t5"), "max_tokens": 32})
     with pytest.raises(DataError, match=r"field `text.weights_sha256`"):
         encode.run(config, task(config))
+
+
+def test_a_vae_of_the_same_weights_and_another_config_is_refused_but_by_a_cache_from_before_it_was_pinned(
+    world: Path, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    shutil.copytree(world / "vae", tmp_path / "vae")
+    told = json.loads((tmp_path / "vae/config.json").read_text())
+    (tmp_path / "vae/config.json").write_text(json.dumps({**told, "resolution": 2 * told["resolution"]}))
+    config = prepared(world, "whole", vae={"path": str(tmp_path / "vae")})
+    with pytest.raises(DataError) as caught:
+        encode.run(config, task(config))
+    assert re.fullmatch(
+        r"\S+/cache.json: field `vae.config_sha256`: expected \"[0-9a-f]{64}\", found \"[0-9a-f]{64}\"; use [^\n]*",
+        str(caught.value),
+    )
+    assert content(config) == whole
+    made = json.loads(whole[INFO])
+    del made["vae"]["config_sha256"]
+    for name, path in (("before", world / "vae"), ("before_other", tmp_path / "vae")):
+        config = prepared(world, name, vae={"path": str(path)})
+        config.cache_dir.mkdir(parents=True)
+        (config.cache_dir / INFO).write_text(json.dumps(made))
+        encode.run(config, task(config))
+        assert json.loads((config.cache_dir / INFO).read_text()) == made and len(LatentCache(config.cache_dir)) == 13
 
 
 def test_the_command_line_refuses_a_cache_of_another_vae_text_encoder_and_size_by_field_and_decodes_its_own(

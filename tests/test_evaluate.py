@@ -160,3 +160,20 @@ def test_clips_whose_video_or_caption_changed_are_left_out_and_said(
         mp4.unlink()
     assert reconstructed(encoded) == []
     assert "no reconstruction: none of 5 cached clips has its video any more" in caplog.text
+
+
+def test_reconstructions_by_a_vae_of_another_config_are_refused_but_for_a_cache_from_before_it_was_pinned(
+    encoded: Config, tmp_path: Path
+) -> None:
+    assert encoded.vae is not None
+    shutil.copytree(encoded.vae.path, tmp_path / "vae")
+    told = json.loads((tmp_path / "vae/config.json").read_text())
+    (tmp_path / "vae/config.json").write_text(json.dumps({**told, "resolution": 2 * told["resolution"]}))
+    config = encoded.model_copy(update={"vae": encoded.vae.model_copy(update={"path": tmp_path / "vae"})})
+    with pytest.raises(DataError, match=r"^vae\.path: \S+ has config_sha256 [0-9a-f]{64}, but the cache .* with"):
+        run(config)
+    made = config.cache_dir / "cache.json"
+    info = json.loads(made.read_text())
+    del info["vae"]["config_sha256"]
+    made.write_text(json.dumps(info))
+    assert len(reconstructed(config)) == 5

@@ -43,10 +43,10 @@ def everything(folder: Path) -> list[bytes]:
     return [*pairs, *(x.numpy().tobytes() for x in rest), words.encode()]
 
 
-def part_of(folder: Path, where: slice, name: str, per_shard: int = 4) -> Path:
-    """A finished cache of some of the samples."""
+def part_of(folder: Path, where: slice, name: str, per_shard: int = 4, **made: object) -> Path:
+    """A finished cache of some of the samples, in whose cache.json is `made`."""
     rows = samples(12)[where]
-    pin_info(folder / name, info())
+    pin_info(folder / name, {**info(), **made})
     write_empty_text(folder / name, {"text": torch.ones(1, D)}, "float16")
     plan = plan_shards([r[0] for r in rows], per_shard)
     for shard in plan:
@@ -345,6 +345,17 @@ def test_a_merge_refuses_another_key_by_field_and_a_sample_in_two_shards(tmp_pat
     assert not (tmp_path / "out").exists()
 
 
+def test_a_merge_of_an_old_cache_with_two_of_other_vae_configs_is_refused_though_each_goes_with_the_old(
+    tmp_path: Path,
+) -> None:
+    old = part_of(tmp_path, slice(0, 4), "old")
+    for name, config, rows in (("a", "1", slice(4, 8)), ("b", "2", slice(8, 12))):
+        part_of(tmp_path, rows, name, vae={**info()["vae"], "config_sha256": config * 64})
+    with pytest.raises(DataError, match=r"b/cache.json: field `vae.config_sha256`: expected \"1+\", found \"2+\""):
+        merge(tmp_path / "out", [old, tmp_path / "a", tmp_path / "b"])
+    assert merge(tmp_path / "out", [old, tmp_path / "a"])["samples"] == 8
+
+
 def test_stats_count_what_is_there_and_normalised_samples_have_mean_0_and_std_1(tmp_path: Path) -> None:
     rows = write(tmp_path)
     found = stats(tmp_path, read=100)
@@ -426,7 +437,7 @@ def test_the_command_line_tells_faults_a_line_each_and_as_json_and_ends_with_4(
 def test_a_sample_is_shown_in_the_tiles_that_it_was_encoded_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     vae = load_vae(write_vae(tmp_path / "vae"))
     tiling = {"tile_px": 32, "overlap_px": 8, "chunk_frames": None, "overlap_frames": 1}
-    made = {**info(), "vae": {"id": vae.id, "weights_sha256": vae.weights_sha256}, "vae_dtype": "float32"}
+    made = {**info(), "vae": vae.identity, "vae_dtype": "float32"}
     row = samples(1)[0]
     for name, tiles in (("a", tiling), ("b", {"tile_px": "all"})):
         pin_info(tmp_path / name, {**made, "tiling": tiles})

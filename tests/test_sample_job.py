@@ -74,7 +74,7 @@ def save_checkpoint(folder: Path, vae: Any, text: Any, mesh: Any, *, step: int) 
     accumulate_gradients(ddp, [pack], x.numel(), mesh)  # one step: an optimizer without state can't be saved
     megatron.clip_and_step(optimizer, megatron.gradient_norm(optimizer), 1.0)
     config = {"run": "r", "model": MODEL.model_dump(mode="json"), "train": train.model_dump(mode="json")}
-    ids = {n: {"id": m.id, "weights_sha256": m.weights_sha256} for n, m in (("vae", vae), ("text", text))}
+    ids = {"vae": vae.identity, "text": {"id": text.id, "weights_sha256": text.weights_sha256}}
     meta = checkpoint.Meta(
         step=step, consumed=0, config=config, channels=vae.channels, text_dim=TEXT_DIM,
         latent_mean=[0.1] * vae.channels, latent_std=[0.7] * vae.channels, samples=1,
@@ -264,6 +264,28 @@ def test_another_vae_than_the_one_trained_with_is_refused(world: Path, tmp_path:
     config = config.model_copy(update={"vae": config.vae.model_copy(update={"path": tmp_path / "vae"})})
     with pytest.raises(CheckpointError, match=r"vae\.path: .* has weights_sha256"):
         run(config)
+
+
+def test_another_config_of_the_vae_trained_with_is_refused_where_the_checkpoint_knows_it(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(world / "vae", tmp_path / "vae")
+    told = json.loads((tmp_path / "vae/config.json").read_text())
+    (tmp_path / "vae/config.json").write_text(json.dumps({**told, "latents_std": [2.0] * 4}))
+    config = configure(world, tmp_path, PROMPTS[:1])
+    config = config.model_copy(update={"vae": config.vae.model_copy(update={"path": tmp_path / "vae"})})
+    with pytest.raises(CheckpointError, match=r"^vae\.path: \S+ has config_sha256 [0-9a-f]{64}, but the checkpoint"):
+        run(config)
+    load = sample.load_ema_for_sampling
+
+    def before_it_was_pinned(*args: Any) -> Any:
+        model, meta = load(*args)
+        del meta.cache["vae"]["config_sha256"]
+        return model, meta
+
+    monkeypatch.setattr(sample, "load_ema_for_sampling", before_it_was_pinned)
+    run(config)
+    assert len(list((tmp_path / "samples").glob("*.mp4"))) == 1
 
 
 def test_another_text_encoder_than_the_one_trained_with_is_refused(world: Path, tmp_path: Path) -> None:

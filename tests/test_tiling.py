@@ -214,7 +214,7 @@ def test_a_tiling_that_no_class_could_have_is_refused_by_the_config(override: di
 def test_the_tiling_is_part_of_what_made_a_cache() -> None:
     def info(**vae: object) -> dict[str, object]:
         config = parse_config({"run": "r", "vae": {"path": "vae", **vae}, "text": {"path": "t5"}})
-        model = SimpleNamespace(id="x", weights_sha256="0", channels=4, stride=(4, 8, 8), lengths=Lengths(4, 4))
+        model = SimpleNamespace(identity={"id": "x"}, channels=4, stride=(4, 8, 8), lengths=Lengths(4, 4))
         texts = SimpleNamespace(info=lambda: {"text": {"id": "x", "weights_sha256": "0"}})
         return encode.cache_info(config, model, texts, (1, 1, 1))  # type: ignore[arg-type]
 

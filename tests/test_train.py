@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import time
+from pathlib import Path
 from typing import Any
 
+import caches
 import pytest
 import torch
 from ranks import run_on_ranks
@@ -294,6 +296,34 @@ def test_learning_rate_warms_up_stays_and_decays() -> None:
     rates = [learning_rate(step, train) for step in range(100)]
     assert rates[0] == pytest.approx(0.2) and rates[9] == rates[79] == 2.0
     assert rates[80] == pytest.approx(2.0) and rates[90] == pytest.approx(1.0) and rates[99] == pytest.approx(0.1)
+
+
+def test_a_cache_of_another_vae_than_the_checkpoint_s_is_refused_by_field_and_one_that_is_older_passes(
+    tmp_path: Path,
+) -> None:
+    from sorahpc.distributed.checkpoint import Meta
+    from sorahpc.jobs import train
+
+    caches.write(tmp_path)
+    cache = LatentCache(tmp_path)
+    old = cache.info
+    new = {**old, "vae": {**old["vae"], "config_sha256": "1" * 64}}
+    other = {**old, "vae": {**old["vae"], "config_sha256": "2" * 64}}
+
+    def check(before: dict[str, Any], now: dict[str, Any]) -> None:
+        cache.info = now
+        train._check_cache(Meta(1, 0, {}, 4, 8, [], [], 10, before, {}), cache, tmp_path, tmp_path / "step-1")
+
+    for before, now in ((old, old), (old, new), (new, old), (new, new)):
+        check(before, now)
+    for before, now, field in (
+        (other, new, 'vae.config_sha256` is "1+", but the checkpoint .* trained with "2+"'),
+        (old, {**old, "vae": {"id": "V", "weights_sha256": "f" * 64}}, 'vae.weights_sha256` is "f+"'),
+        (old, {**old, "clip_text": {"id": "K"}}, 'clip_text` is {"id": "K"}, but .* with null'),
+        ({**old, "clip_text": {"id": "K"}}, old, 'clip_text.id` is null, but .* with "K"'),
+    ):
+        with pytest.raises(DataError, match=f"field `{field}"):
+            check(before, now)
 
 
 def test_another_model_under_the_same_name_is_refused_by_field_before_it_is_loaded(world: dict[str, Any]) -> None:

@@ -24,7 +24,7 @@ from sorahpc.data.mp4 import write_mp4
 from sorahpc.data.toyworld import COLOURS, SIZES_PX, render, scene_of
 from sorahpc.errors import ConfigError
 from sorahpc.models.lengths import Lengths
-from sorahpc.models.vae import CLASSES, WEIGHTS, Vae, build_vae, load_vae, read_rule, save_vae
+from sorahpc.models.vae import CLASSES, WEIGHTS, Vae, _config_sha256, build_vae, load_vae, read_rule, save_vae
 
 
 @pytest.fixture(scope="module")
@@ -217,6 +217,61 @@ def test_a_config_that_lies_about_its_stride_is_found_at_the_first_clip(tmp_path
     _edit(tmp_path, temporal_compression_ratio=4)
     with pytest.raises(ConfigError, match=r"vae\.path: .*where its config says"):
         load_vae(tmp_path).encode(noise_clip(9, 64, 64))
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_the_same_arguments_are_the_same_config_whether_their_defaults_are_spelled_out_or_not(
+    name: str, tmp_path: Path
+) -> None:
+    cls, arch, *_ = ZOO[name]
+    built = build_vae(cls, arch)
+    save_vae(built, built.module.state_dict(), tmp_path, torch.float32)
+    spelled = json.loads((tmp_path / "config.json").read_text())
+    assert len(spelled) > len(arch) + 1
+    found = {built.config_sha256, load_vae(tmp_path).config_sha256, load_vae(tmp_path / WEIGHTS).config_sha256}
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": cls, **arch, "_diffusers_version": "0.1"}))
+    found.add(load_vae(tmp_path).config_sha256)
+    assert len(found) == 1 and re.fullmatch("[0-9a-f]{64}", *found)
+
+
+def test_a_diffusers_of_more_arguments_has_the_same_config_as_long_as_they_are_as_by_default() -> None:
+    class Old:
+        def __init__(self, width: int = 8, strides: tuple[int, ...] = (1, 2), act: str = "silu") -> None:
+            self.config = {"width": width, "strides": strides, "act": act, "_use_default_values": ["act"]}
+
+    class Younger:
+        def __init__(self, width: int = 8, strides: tuple[int, ...] = (1, 2), act: str = "silu", more: int = 0) -> None:
+            self.config = {"width": width, "strides": strides, "act": act, "more": more, "_class_name": "Younger"}
+
+    old = _config_sha256(Old(16, (2, 2)))
+    assert old == _config_sha256(Old(16, [2, 2])) == _config_sha256(Younger(16, (2, 2)))  # type: ignore[arg-type]
+    others = [Old(16), Old(8, (2, 2)), Old(16, (2, 2), "relu"), Younger(16, (2, 2), more=1)]
+    assert len({old, *map(_config_sha256, others)}) == 5
+
+
+@pytest.mark.parametrize(
+    ("name", "argument", "value"),
+    [
+        ("HunyuanVideo", "act_fn", "relu"),
+        ("HunyuanVideo", "norm_num_groups", 4),
+        ("CogVideoX", "norm_eps", 1e-2),
+        ("EasyAnimate", "spatial_group_norm", False),
+        ("LTX", "encoder_causal", False),
+        ("Mochi", "act_fn", "relu"),
+    ],
+)
+def test_an_argument_by_which_the_same_weights_give_other_latents_is_another_config(
+    name: str, argument: str, value: object, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    built = build_vae(*ZOO[name][:2])
+    save_vae(built, built.module.state_dict(), tmp_path, torch.float32)
+    before, clip = load_vae(tmp_path), noise_clip(ZOO[name][3] + 1, 64, 64)
+    assert dict(before.module.config)[argument] != value
+    _edit(tmp_path, **{argument: value})
+    after = load_vae(tmp_path)
+    assert not torch.equal(before.encode(clip), after.encode(clip))
+    assert after.weights_sha256 == before.weights_sha256 and after.config_sha256 != before.config_sha256
 
 
 def test_a_wrong_class_or_arch_to_train_is_one_line() -> None:

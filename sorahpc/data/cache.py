@@ -48,6 +48,7 @@ INFO, INDEX = "cache.json", "index.parquet"
 MAX_INFO_BYTES = 1 << 20
 SHARD = re.compile(r"shard-[0-9a-f]{16}\.h5")
 _META = b"sorahpc.cache"
+_YOUNGER = frozenset({"vae.config_sha256"})  # fields that a cache from before them lacks: any value passes for it
 _ANEW = "run `sorahpc cache repair`, or delete it and run `sorahpc encode` again"
 
 _COLUMNS = {
@@ -141,13 +142,18 @@ def check_info(path: Path, found: dict[str, Any], expected: dict[str, Any]) -> N
         DataError: one line a field that differs.
     """
     faults = [
-        f"{shown(path)}: field `{name}`: expected {json.dumps(value)}, found {json.dumps(_at(found, name))}; "
+        f"{shown(path)}: field `{name}`: expected {json.dumps(value)}, found {json.dumps(other)}; "
         "use the settings that made this cache, or another folder (encode.cache)"
-        for name, value in _flat(expected)
-        if _at(found, name) != value
+        for name, value, other in differences(found, expected)
     ]
     if faults:
         raise DataError("\n".join(faults))
+
+
+def differences(found: dict[str, Any], expected: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """(dotted name, its value in `expected`, that in `found`) of the fields of `expected` that differ in `found`."""
+    fields = [(name, value, _at(found, name)) for name, value in _flat(expected)]
+    return [field for field in fields if field[1] != field[2] and not (field[2] is None and field[0] in _YOUNGER)]
 
 
 def _at(value: Any, name: str) -> Any:

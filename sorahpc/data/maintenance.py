@@ -7,6 +7,7 @@ out of the way of `encode`, which then makes it anew.
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import shutil
@@ -407,9 +408,9 @@ def merge(out: Path, sources: Sequence[Path]) -> dict[str, Any]:
     if (out / INDEX).exists():
         raise DataError(f"{shown(out)}: holds a finished cache; expected a new folder")
     infos = [read_info(source) for source in sources]
-    for source, info in zip(sources[1:], infos[1:], strict=True):
-        check_info(source / INFO, info, infos[0])
-        check_info(sources[0] / INFO, infos[0], info)
+    for (one, expected), (other, found) in itertools.combinations(zip(sources, infos, strict=True), 2):
+        check_info(other / INFO, found, expected)
+        check_info(one / INFO, expected, found)
     caches = [LatentCache(source) for source in sources]
     owner: dict[str, tuple[str, Path]] = {}
     for source, cache in zip(sources, caches, strict=True):
@@ -605,6 +606,6 @@ def show(folder: Path, key: str, vae_path: Path, out: Path) -> dict[str, Any]:
             f"`encode` writes ({error.error_count()} faults); see `sorahpc cache verify`"
         ) from None
     vae = load_vae(how.path, how.dtype, device, how.tiling)
-    check_info(folder / INFO, cache.info, {"vae": {"id": vae.id, "weights_sha256": vae.weights_sha256}})
+    check_info(folder / INFO, cache.info, {"vae": vae.identity})
     write_mp4(out, vae.decode(latent), float(cache.fps[i]))
     return {**list_samples(folder)[i], "path": str(out.absolute())}

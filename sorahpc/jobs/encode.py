@@ -356,7 +356,7 @@ def cache_info(
     return {
         # Other pixels, by a level or so. Without a word for PyAV, as in caches from before there was a choice.
         **({"decoder": decoder} if decoder != "pyav" else {}),
-        "vae": {"id": vae.id, "weights_sha256": vae.weights_sha256},
+        "vae": vae.identity,
         "vae_dtype": config.vae.dtype,
         **texts.info(),
         **({"clip_projected": config.text.clip.projected} if config.text.clip else {}),

@@ -118,11 +118,11 @@ def reconstruct(config: Config, advance: Callable[[], None]) -> None:
             advance()
         return
     vae = load_vae(config.vae.path, config.vae.dtype, tiling=config.vae.tiling)
-    for field in ("id", "weights_sha256"):
-        if getattr(vae, field) != cache.info["vae"][field]:
+    for field, expected in cache.info["vae"].items():
+        if (found := getattr(vae, field, None)) != expected:
             raise DataError(
-                f"vae.path: {config.vae.path} has {field} {getattr(vae, field)}, but the cache {config.cache_dir} was "
-                f"made with {cache.info['vae'][field]}; use that VAE"
+                f"vae.path: {config.vae.path} has {field} {found}, but the cache {config.cache_dir} was "
+                f"made with {expected}; use that VAE"
             )
     # Rejected rows keep their keys: a duplicate has that of the row that is used, a renamed file that of its new row.
     rows, _ = with_captions(config, read_manifest(config.run_dir / MANIFEST))

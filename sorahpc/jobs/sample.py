@@ -317,9 +317,8 @@ def _load(config: Config, checkpoint: Path, local_rank: int) -> Models:
     if config.text.clip is not None:
         used.append(("clip_text", "text.clip.path", texts.clip, config.text.clip.path))
     for section, key, found, path in used:
-        for field in ("id", "weights_sha256"):
-            expected = meta.cache[section][field]
-            if getattr(found, field) != expected:
+        for field, expected in meta.cache[section].items():
+            if getattr(found, field, None) != expected:
                 raise CheckpointError(
                     f"{key}: {path} has {field} {getattr(found, field)}, but the checkpoint {checkpoint} was "
                     f"trained with {expected}; use the one that encoded its cache"
@@ -429,7 +428,7 @@ def _write(
             "step": models.meta.step,
             "manifest_sha256": item.settings["checkpoint_manifest_sha256"],
         },
-        "vae": {"id": models.vae.id, "weights_sha256": models.vae.weights_sha256},
+        "vae": models.vae.identity,
         **{k: v for k, v in models.texts.info().items() if isinstance(v, dict)},
         "mp4": {"file": mp4.name, "bytes": mp4.stat().st_size, "sha256": _sha256(mp4)},
         "device": torch.cuda.get_device_name(models.device) if models.device.type == "cuda" else "cpu",

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from sorahpc import ops
 from sorahpc.config import Config, TrainConfig
+from sorahpc.data.cache import differences
 from sorahpc.data.latents import LatentCache
 from sorahpc.data.packing import GlobalBatch, Packer
 from sorahpc.data.texts import PackTexts, join_texts
@@ -397,12 +398,11 @@ class Loader:
 
 
 def _check_cache(meta: Meta, cache: LatentCache, folder: Path, found: Path) -> None:
-    for name in ("vae", "text", "clip_text"):
-        if meta.cache.get(name) != cache.info.get(name):
-            raise DataError(
-                f"{folder}: field `{name}` is {json.dumps(cache.info.get(name))}, but the checkpoint {found} was "
-                f"trained with {json.dumps(meta.cache.get(name))}; use the cache it came from, or another run name"
-            )
+    for name, before, now in differences(cache.info, {k: meta.cache.get(k) for k in ("vae", "text", "clip_text")}):
+        raise DataError(
+            f"{folder}: field `{name}` is {json.dumps(now)}, but the checkpoint {found} was trained with "
+            f"{json.dumps(before)}; use the cache it came from, or another run name"
+        )
 
 
 def _check_optimizer(meta: Meta, train: TrainConfig, found: Path) -> None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import inspect
 import json
 import math
 from collections.abc import Callable
@@ -26,7 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sorahpc.config import TilingConfig
+from sorahpc.config import TilingConfig, config_hash
 from sorahpc.errors import ConfigError, SetupError
 from sorahpc.models.lengths import Lengths
 from sorahpc.models.open_sora import PUBLISHED, OpenSoraVae, published_arch
@@ -162,6 +163,8 @@ class Vae:
         stride: (t, h, w): a latent frame covers t frames (the first one covers 1), a latent pixel covers h x w.
         lengths: the clip lengths that it takes, and their latent frames.
         weights_sha256: hex sha256 of the weights file, or of all of them in name order; "" for weights never saved.
+        config_sha256: hex sha256 of the arguments that are not the class's defaults: with another activation, norm or
+            causality the same weights give other latents.
         module: the module itself, for training.
         native: (mean, std), float32 [C or 1, F], by which the class's published models normalise: (z - mean) / std.
             F is 1, or one value a latent frame (Cosmos). None where the config has none, or, the constructor's
@@ -186,6 +189,7 @@ class Vae:
         self.stride = (int(temporal), int(spatial), int(spatial))
         self.lengths = Lengths(self.stride[0], int(rule.frames_unit(self.stride[0])), rule.restart(config))
         self.weights_sha256 = weights_sha256
+        self.config_sha256 = _config_sha256(module)
         self.module = module
         self.dtype = dtype
         self.device = device
@@ -198,6 +202,11 @@ class Vae:
         self.tiling = tiling
         if tiling is not None:
             self._check_tiling(tiling, rule)
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What a cache of its latents, and all that is made from one, know it by."""
+        return {name: getattr(self, name) for name in ("id", "weights_sha256", "config_sha256")}
 
     @property
     def decode_args(self) -> tuple[torch.Tensor, ...]:
@@ -328,6 +337,15 @@ class Vae:
         if tuple(x.shape) != expected:
             raise ConfigError(f"vae: {self.id} decoded {list(z.shape)} to {list(x.shape)}, not {list(expected)}")
         return x
+
+
+def _config_sha256(module: Any) -> str:
+    """Without the defaults: diffusers fills them in, and a younger one has more of them."""
+    parameters = inspect.signature(type(module).__init__).parameters
+    defaults = {name: parameter.default for name, parameter in parameters.items() if name in module.config}
+    as_read = [json.loads(json.dumps(dict(values))) for values in (module.config, defaults)]  # tuples to lists
+    said = {k: v for k, v in as_read[0].items() if k[:1] != "_" and (k not in as_read[1] or v != as_read[1][k])}
+    return config_hash(said)
 
 
 def _class(name: Any, where: str) -> Any:
