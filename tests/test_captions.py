@@ -29,7 +29,7 @@ from sorahpc.data.captions import (
     write_captions,
     write_item,
 )
-from sorahpc.data.manifest import Video
+from sorahpc.data.manifest import MANIFEST, Rows, Video, open_manifest, write_manifest
 from sorahpc.errors import ConfigError, DataError
 
 # What models say instead of a caption, apostrophes straight and curly.
@@ -299,25 +299,33 @@ def write_table(conf: Config, rows: list[Row]) -> None:
     write_captions(conf.run_dir / CAPTIONS, rows, caption_settings(conf))
 
 
+def opened(folder: Path, videos: list[Video]) -> Rows:
+    write_manifest(folder / MANIFEST, videos)
+    return open_manifest(folder / MANIFEST)
+
+
 def test_clips_with_a_detailed_caption_have_a_key_of_their_own_and_keep_the_first(tmp_path: Path) -> None:
     conf = config(tmp_path)
     videos = [*map(video, KEYS), video("", ok=False)]
     write_table(
         conf, [Row(k, "" if i == 0 else f"detailed {i}", "refusal" if i == 0 else "", "x") for i, k in enumerate(KEYS)]
     )
-    made, detailed = with_captions(conf, videos)
-    assert made[-1] is videos[-1] and made[0] is videos[0]
-    for i, (old, new) in enumerate(zip(videos[1:-1], made[1:-1], strict=True), start=1):
-        assert detailed[new.key] == f"detailed {i}" and new.key != old.key and len(new.key) == 16
+    rows, detailed = with_captions(conf, opened(tmp_path, videos))
+    made = list(rows)
+    assert made[-1] == videos[-1] and made[0] == videos[0]
+    for old, new in zip(videos[1:-1], made[1:-1], strict=True):
+        assert new.key != old.key and len(new.key) == 16
         assert dataclasses.replace(new, key=old.key) == old
-    assert len({v.key for v in made}) == len(made) and len(detailed) == len(KEYS) - 1
-    assert with_captions(conf, videos) == (made, detailed)
+    assert len({v.key for v in made}) == len(made)
+    assert list(detailed) == ["", *(f"detailed {i}" for i in range(1, len(KEYS))), ""]
+    again, same = with_captions(conf, opened(tmp_path, videos))
+    assert list(again) == made and list(same) == list(detailed)
 
 
 def test_without_the_section_or_for_prompts_alone_the_manifest_is_what_it_was(tmp_path: Path) -> None:
-    videos = [video(KEYS[0])]
-    assert with_captions(config(tmp_path, clips=False), videos) == (videos, {})
-    assert with_captions(parse_config({"run": "r"}), videos) == (videos, {})
+    videos = opened(tmp_path, [video(KEYS[0])])
+    assert with_captions(config(tmp_path, clips=False), videos) == (videos, [""])
+    assert with_captions(parse_config({"run": "r"}), videos) == (videos, [""])
 
 
 @pytest.mark.parametrize(
@@ -341,7 +349,7 @@ def test_a_table_that_does_not_fit_is_refused(
     if rows is not None:
         write_table(config(tmp_path), [Row(k, "c", "", "x") for k in rows])
     with pytest.raises(DataError, match=expected):
-        with_captions(config(tmp_path, **changes), [video(k) for k in KEYS[:2]])
+        with_captions(config(tmp_path, **changes), opened(tmp_path, [video(k) for k in KEYS[:2]]))
 
 
 def test_another_address_of_the_same_model_makes_no_other_captions(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import tracemalloc
 from pathlib import Path
 
 import pyarrow as pa
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sorahpc.data.manifest import Video, read_manifest, read_rows, shown, write_manifest
+from sorahpc.data.manifest import Video, open_manifest, read_manifest, read_rows, shown, write_manifest
 from sorahpc.errors import DataError
 
 OK = Video(
@@ -26,6 +27,31 @@ def test_what_is_written_is_read_in_its_order(tmp_path: Path) -> None:
     write_manifest(tmp_path / "m.parquet", [])
     assert read_manifest(tmp_path / "m.parquet") == []
     assert pq.read_table(tmp_path / "new" / "m.parquet").num_rows == 3  # plain Parquet for every other tool
+
+
+def test_rows_are_made_when_they_are_asked_for_and_take_little_memory_until_then(tmp_path: Path) -> None:
+    count, path = 70_000, tmp_path / "m.parquet"
+    scene = dataclasses.replace(OK, caption="word " * 20, luma=1.5, black=0.2, motion=3.5, static=0.0, hash="01ab" * 12)
+    videos = [
+        dataclasses.replace(scene, key=f"{i:016x}", path=f"/v/{i}.mp4", caption="word " * 20) for i in range(count)
+    ]
+    write_manifest(path, videos)
+    assert pq.ParquetFile(path).metadata.num_row_groups == 2
+    before = pa.total_allocated_bytes()
+    tracemalloc.start()
+    rows = open_manifest(path)
+    objects, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert objects < 20 * count and pa.total_allocated_bytes() - before < 500 * count
+    assert len(rows) == count and list(rows) == videos
+    for i in (0, 1, (1 << 16) - 1, 1 << 16, count - 1, -1):
+        assert rows[i] == videos[i]
+    assert rows[65_530:65_540] == videos[65_530:65_540]
+    with pytest.raises(IndexError):
+        rows[count]
+    keys = [f"{i:016x}" for i in range(1, count + 1)]
+    anew = rows.with_keys(keys)
+    assert anew[5] == dataclasses.replace(videos[5], key=keys[5]) and rows[5] == videos[5]
 
 
 def test_a_manifest_of_version_1_is_read_as_whole_videos_that_were_not_measured(tmp_path: Path) -> None:

@@ -22,16 +22,17 @@ import json
 import os
 import re
 import unicodedata
+from array import array
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sorahpc.config import CaptionConfig, Config, config_hash
-from sorahpc.data.manifest import Video, shown
+from sorahpc.data.manifest import ROWS_AT_ONCE, Rows, shown
 from sorahpc.data.parquet import read_table
 from sorahpc.errors import DataError
 from sorahpc.files import read_regular
@@ -324,7 +325,8 @@ def write_captions(path: Path, rows: Sequence[Row], settings: str) -> None:
     )
     buffer = io.BytesIO()
     columns = {name: [getattr(row, name) for row in rows] for name in _COLUMNS}
-    pq.write_table(pa.table(columns, schema=schema), buffer, compression="zstd")
+    table = pa.table(columns, schema=schema)
+    pq.write_table(table, buffer, compression="zstd", row_group_size=ROWS_AT_ONCE)
     try:
         atomic_write(path, buffer.getvalue())
     except OSError as error:
@@ -337,6 +339,11 @@ def read_captions(path: Path) -> tuple[list[Row], str]:
     Raises:
         DataError: it is missing, unreadable, of another version, or a column is not what it must be.
     """
+    table, settings = _read(path)
+    return [Row(*values) for values in zip(*(table.column(c).to_pylist() for c in _COLUMNS), strict=True)], settings
+
+
+def _read(path: Path) -> tuple[pa.Table, str]:
     name, again = shown(path), "run `sorahpc caption` again"
     try:
         table = read_table(path, name, again, _COLUMNS)
@@ -350,17 +357,35 @@ def read_captions(path: Path) -> tuple[list[Row], str]:
         kind = table.schema.field(column).type if column in table.schema.names else "missing"
         if kind != pa.string() or table.column(column).null_count:
             raise DataError(f"{name}: column `{column}`: text without gaps expected, found {kind}; {again}")
-    columns = [table.column(c).to_pylist() for c in _COLUMNS]
-    rows = [Row(*values) for values in zip(*columns, strict=True)]
-    return rows, metadata.get(_SETTINGS_KEY, b"").decode(errors="replace")
+    return table, metadata.get(_SETTINGS_KEY, b"").decode(errors="replace")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The manifest as it is encoded
 
 
-def with_captions(config: Config, videos: list[Video]) -> tuple[list[Video], dict[str, str]]:
-    """The manifest as it is encoded, and the detailed captions of its clips by their key.
+class _Texts(Sequence[str]):
+    """Texts in the column that they were read in: of each row that of its place, "" where it has none."""
+
+    def __init__(self, column: pa.ChunkedArray, places: Sequence[int]) -> None:
+        self._column, self._places = column, places
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @overload
+    def __getitem__(self, i: int) -> str: ...
+    @overload
+    def __getitem__(self, i: slice) -> list[str]: ...
+    def __getitem__(self, i: int | slice) -> str | list[str]:
+        if isinstance(i, slice):
+            return [self[k] for k in range(*i.indices(len(self)))]
+        place = self._places[i]
+        return str(self._column[place]) if place >= 0 else ""
+
+
+def with_captions(config: Config, videos: Rows) -> tuple[Rows, Sequence[str]]:
+    """The manifest as it is encoded, and the detailed caption of each of its rows, "" where it has none.
 
     A clip with a detailed caption has a key of its own, since the cache knows a sample by its bytes and captions: only
     the shards of clips whose captions changed are made again. Without a section `caption`, or with `clips: false`, rows
@@ -371,26 +396,28 @@ def with_captions(config: Config, videos: list[Video]) -> tuple[list[Video], dic
     """
     section = config.caption
     if section is None or not section.clips:
-        return videos, {}
+        return videos, [""] * len(videos)
     path = config.run_dir / CAPTIONS
-    rows, settings = read_captions(path)
+    table, settings = _read(path)
     if settings != caption_settings(config):
         raise DataError(
             f"{shown(path)}: made with other settings than the section `caption`; run `sorahpc caption` again"
         )
-    captions = {row.key: row.caption for row in rows}
-    lacking = [v for v in videos if v.ok and v.key not in captions]
+    place_of = {key: i for i, key in enumerate(table.column("key").to_pylist())}
+    texts = _Texts(table.column("caption"), range(len(table)))
+    keys, places = list[str](), array("q")
+    lacking = list[str]()
+    for video in videos:
+        key, place = video.key, place_of.get(video.key, -1) if video.ok else -1
+        if video.ok and place < 0:
+            lacking.append(video.path)
+        if place >= 0 and (caption := texts[place]):
+            key = hashlib.sha256(f"{key}\0detailed\0{caption}".encode()).hexdigest()[:16]
+        keys.append(key)
+        places.append(place)
     if lacking:
         raise DataError(
-            f"{shown(path)}: lacks {len(lacking)} clips of the manifest, such as {shown(lacking[0].path)}; "
+            f"{shown(path)}: lacks {len(lacking)} clips of the manifest, such as {shown(lacking[0])}; "
             "run `sorahpc caption` again"
         )
-    out, detailed = [], {}
-    for video in videos:
-        if video.ok and captions[video.key]:
-            text = f"{video.key}\0detailed\0{captions[video.key]}"
-            key = hashlib.sha256(text.encode()).hexdigest()[:16]
-            detailed[key] = captions[video.key]
-            video = dataclasses.replace(video, key=key)
-        out.append(video)
-    return out, detailed
+    return videos.with_keys(keys), _Texts(table.column("caption"), places)

@@ -15,6 +15,7 @@ of tasks, nor on how often they were killed.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 import os
@@ -49,7 +50,7 @@ from sorahpc.data.claims import WORK, Claim, Claims, remove_leftovers
 from sorahpc.data.decode import VideoError, decode_by, may_pass, plan_clip
 from sorahpc.data.journal import Record
 from sorahpc.data.keys import check_unchanged
-from sorahpc.data.manifest import MANIFEST, Video, read_manifest, shown
+from sorahpc.data.manifest import MANIFEST, Rows, Video, open_manifest, shown
 from sorahpc.data.shards import (
     EMPTY_TEXT,
     Sample,
@@ -88,7 +89,7 @@ def run(config: Config, task: Task) -> None:
     config.need("vae", "text")
     assert config.vae is not None and config.text is not None
     manifest = config.run_dir / MANIFEST
-    rows = read_manifest(manifest)
+    rows = open_manifest(manifest)
     every, detailed = with_captions(config, rows)
     if not any(v.ok for v in every):
         raise DataError(f"{shown(manifest)}: no usable video among {len(every)}; its column `reason` says why of each")
@@ -116,7 +117,7 @@ def run(config: Config, task: Task) -> None:
     one_by_one = threading.Lock()  # the tokenizers take one caller at a time
 
     def ready(row: int) -> _Ready:
-        video, second = every[row], detailed.get(every[row].key, "")
+        video, second = every[row], detailed[row]
         cut = plan_clip(video, config.clip, stride=vae.stride, patch=patch, lengths=vae.lengths)
         check_unchanged(rows[row])
         pixels, by = decode_by(decoder, video.path, cut, gpu)
@@ -137,15 +138,19 @@ def run(config: Config, task: Task) -> None:
         time.sleep(RETRY_AFTER_S)
         return ready(row)
 
+    @functools.lru_cache(1)
+    def rows_of(shard: PlannedShard) -> dict[str, int]:
+        return {every[row].key: row for row in shard.rows}
+
     def row_of(shard: PlannedShard, record: Record) -> int | None:
         """The row of the shard's clip that a journal's record is of, if it is as it is to be encoded now."""
         key, source = (record["key"], record["source"]) if isinstance(record, dict) else (record.key, record.source)
-        row = next((row for row in shard.rows if every[row].key == key), None)
+        row = rows_of(shard).get(key)
         if row is None or source != shown(every[row].path):
             return None
         if isinstance(record, dict):
             return row
-        captions = clean_caption(every[row].caption), clean_caption(detailed.get(key, ""))
+        captions = clean_caption(every[row].caption), clean_caption(detailed[row])
         return row if (record.caption, record.detailed) == captions else None
 
     share = plan[task.rank :: task.world_size] if task.rank < task.world_size else []  # of who joined later: none
@@ -192,7 +197,7 @@ class _Line:
         task: Task,
         claims: Claims,
         index: _Index,
-        every: list[Video],
+        every: Rows,
         vae: Vae,
         fps: float,
         ready: Callable[[int], _Ready],

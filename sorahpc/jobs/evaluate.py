@@ -21,7 +21,7 @@ from sorahpc.config import ClipConfig, Config
 from sorahpc.data.captions import with_captions
 from sorahpc.data.decode import ClipPlan, VideoError, decode, plan_clip, probe
 from sorahpc.data.latents import LatentCache
-from sorahpc.data.manifest import MANIFEST, Video, read_manifest
+from sorahpc.data.manifest import MANIFEST, Video, open_manifest
 from sorahpc.data.mp4 import write_mp4
 from sorahpc.data.toyworld import parse_caption
 from sorahpc.errors import DataError, Stopped
@@ -125,7 +125,7 @@ def reconstruct(config: Config, advance: Callable[[], None]) -> None:
                 f"made with {expected}; use that VAE"
             )
     # Rejected rows keep their keys: a duplicate has that of the row that is used, a renamed file that of its new row.
-    rows, _ = with_captions(config, read_manifest(config.run_dir / MANIFEST))
+    rows, _ = with_captions(config, open_manifest(config.run_dir / MANIFEST))
     videos = {video.key: video for video in rows if video.ok}
     clips = []
     for i in chosen:
