@@ -24,7 +24,8 @@ from sorahpc.data.mp4 import write_mp4
 from sorahpc.data.toyworld import COLOURS, SIZES_PX, render, scene_of
 from sorahpc.errors import ConfigError
 from sorahpc.models.lengths import Lengths
-from sorahpc.models.vae import CLASSES, WEIGHTS, Vae, _config_sha256, build_vae, load_vae, read_rule, save_vae
+from sorahpc.models.vae import WEIGHTS, Vae, _config_sha256, build_vae, load_vae, read_rule, save_vae
+from sorahpc.models.vae_rules import CLASSES
 
 
 @pytest.fixture(scope="module")

@@ -35,7 +35,7 @@ from sorahpc.data.manifest import Video, shown
 from sorahpc.errors import ConfigError, Stopped
 from sorahpc.models.endpoint import Endpoint
 from sorahpc.models.text import WEIGHTS, import_transformers, model_type
-from sorahpc.models.vae import sha256_files, weight_files
+from sorahpc.models.weights import sha256_files, weight_files
 
 log = logging.getLogger(__name__)
 

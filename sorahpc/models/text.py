@@ -18,7 +18,7 @@ import torch
 from sorahpc.config import TextConfig
 from sorahpc.data.manifest import shown
 from sorahpc.errors import ConfigError, SetupError
-from sorahpc.models.vae import sha256_files, weight_files
+from sorahpc.models.weights import sha256_files, weight_files
 from sorahpc.runs import atomic_write, read_json, write_json
 from sorahpc.store import resolve
 

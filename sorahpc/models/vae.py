@@ -2,10 +2,10 @@
 small face.
 
 The classes differ in their configs' words, in their strides and in which clip lengths they take; most cut a clip of a
-wrong length silently. `Vae` knows each class's rule, refuses what breaks it, and checks the shape of what comes out.
-Latents are the raw posterior mean: the cache normalises every class the same way, from measured statistics. What the
-published models of a class normalise by (scaling factor, mean and std a channel) is `Vae.native`. Nothing is scaled by
-it; measured statistics far from it tell of wrong weights or wrongly scaled pixels.
+wrong length silently. `Vae` knows each class's rule (vae_rules.py), refuses what breaks it, and checks the shape of
+what comes out. Latents are the raw posterior mean: the cache normalises every class the same way, from measured
+statistics. What the published models of a class normalise by (scaling factor, mean and std a channel) is `Vae.native`.
+Nothing is scaled by it; measured statistics far from it tell of wrong weights or wrongly scaled pixels.
 
 Weights are read from safetensors only: a pickle may run code. They lie in a folder as diffusers saves it, or in a
 single file with that folder's config.json beside it, in diffusers' names or, for AutoencoderKLWan and
@@ -15,12 +15,8 @@ AutoencoderKLLTXVideo, in the names of the model's authors. Open-Sora's folder i
 from __future__ import annotations
 
 import functools
-import hashlib
 import inspect
 import json
-import math
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,126 +28,11 @@ from sorahpc.errors import ConfigError, SetupError
 from sorahpc.models.lengths import Lengths
 from sorahpc.models.open_sora import PUBLISHED, OpenSoraVae, published_arch
 from sorahpc.models.tiling import Cut, in_parts
+from sorahpc.models.vae_rules import CLASSES, RULES, Native, Rule
+from sorahpc.models.weights import read_config, sha256_files, weight_files
 from sorahpc.store import resolve
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-MAX_JSON_BYTES = 64 << 20  # an index of shards is some hundred kB; more is not ours
-
-
-Native = tuple[torch.Tensor, torch.Tensor] | None
-
-
-def _scaled(module: Any) -> Native:
-    """z * scaling_factor."""
-    factor = float(module.config.scaling_factor)
-    return torch.zeros(1, 1), torch.full((1, 1), 1 / factor)
-
-
-def _by_channel(module: Any) -> Native:
-    """(z - latents_mean) / latents_std, and / scaling_factor where there is one. None where the config has none.
-
-    Cosmos has a value for each channel and latent frame; what diffusers applies to shorter clips are the first ones.
-    """
-    config = dict(module.config)
-    if config.get("latents_mean") is None or config.get("latents_std") is None:
-        return None
-    mean, std = (
-        torch.tensor(config[k], dtype=torch.float32).flatten()[:, None] for k in ("latents_mean", "latents_std")
-    )
-    return mean, std / float(config.get("scaling_factor") or 1.0)
-
-
-def _cosmos_by_place(module: Any) -> Native:
-    """As `_by_channel`, from flat lists of channels x latent frames."""
-    found, channels = _by_channel(module), int(module.config.latent_channels)
-    if found is None or len(found[0]) % channels:
-        return found
-    return found[0].reshape(channels, -1), found[1].reshape(channels, -1)
-
-
-def _ltx_buffers(module: Any) -> Native:
-    """(z - latents_mean) * scaling_factor / latents_std, of buffers that lie among the weights."""
-    mean, std = (b.detach().float().cpu()[:, None] for b in (module.latents_mean, module.latents_std))
-    return mean, std / float(module.config.scaling_factor)
-
-
-def _open_sora_buffers(module: Any) -> Native:
-    """(z - shift) / scale, of buffers that lie among the weights."""
-    return tuple(b.detach().float().cpu().view(-1, 1) for b in (module.shift, module.scale))
-
-
-@dataclass(frozen=True)
-class _Rule:
-    """What a class says of itself.
-
-    channels: the key of its config that holds the latent channels; two, where one lies in the other. stride: config ->
-    (temporal, spatial). frames_unit: the unit u of the clip lengths k u + 1. restart: config -> frames after which it
-    begins anew, None: never. native: what its published models normalise by.
-    streams: it goes through a clip piece by piece by itself and carries over what the next piece needs, so that a
-    piece's memory is all it takes, and cutting in time would only lose what is carried over.
-    """
-
-    channels: str | tuple[str, str]
-    stride: Callable[[dict[str, Any]], tuple[int, int]]
-    frames_unit: Callable[[int], int] = lambda temporal: temporal
-    restart: Callable[[dict[str, Any]], int | None] = lambda config: None
-    native: Callable[[Any], Native] = _scaled
-    streams: bool = False
-
-
-def _by_ratio(config: dict[str, Any]) -> tuple[int, int]:
-    return config["temporal_compression_ratio"], config["spatial_compression_ratio"]
-
-
-def _wan(config: dict[str, Any]) -> tuple[int, int]:
-    return 2 ** sum(config["temperal_downsample"]), 2 ** (len(config["dim_mult"]) - 1) * (config.get("patch_size") or 1)
-
-
-def _ltx(config: dict[str, Any]) -> tuple[int, int]:
-    halvings = sum(config["spatio_temporal_scaling"])
-    return (
-        config.get("temporal_compression_ratio") or config["patch_size_t"] * 2**halvings,
-        config.get("spatial_compression_ratio") or config["patch_size"] * 2**halvings,
-    )
-
-
-def _cogvideox(config: dict[str, Any]) -> tuple[int, int]:
-    return int(config["temporal_compression_ratio"]), 2 ** (len(config["block_out_channels"]) - 1)
-
-
-# From the constructors and pipelines of diffusers 0.42. CogVideoX works on 8 frames at a time whatever its stride: 5
-# frames come back as 8, so its unit is twice its stride.
-_RULES = {
-    "AutoencoderKLCogVideoX": _Rule("latent_channels", _cogvideox, lambda temporal: 2 * temporal, streams=True),
-    "AutoencoderKLCosmos": _Rule("latent_channels", _by_ratio, native=_cosmos_by_place),
-    "AutoencoderKLHunyuanVideo": _Rule("latent_channels", _by_ratio),
-    "AutoencoderKLHunyuanVideo15": _Rule("latent_channels", _by_ratio),
-    "AutoencoderKLKVAEVideo": _Rule(
-        "z_channels",
-        lambda c: (c["temporal_compress_times"], 2 ** (len(c["ch_mult"]) - 1)),
-        native=lambda module: None,  # no pipeline of diffusers uses it
-        streams=True,
-    ),
-    "AutoencoderKLLTXVideo": _Rule("latent_channels", _ltx, native=_ltx_buffers),
-    "AutoencoderKLMagvit": _Rule(
-        "latent_channels", lambda c: (2 ** (len(c["block_out_channels"]) - 2), 2 ** (len(c["block_out_channels"]) - 1))
-    ),
-    "AutoencoderKLMochi": _Rule(
-        "latent_channels",
-        lambda c: (math.prod(c["temporal_expansions"]), math.prod(c["spatial_expansions"])),
-        native=_by_channel,
-    ),
-    "AutoencoderKLQwenImage": _Rule("z_dim", _wan, native=_by_channel, streams=True),
-    "AutoencoderKLWan": _Rule("z_dim", _wan, native=_by_channel, streams=True),
-    "OpenSoraVae": _Rule(
-        ("temporal", "latent_channels"),
-        lambda c: (2 ** sum(c["temporal"]["temporal_downsample"]), 2 ** (len(c["spatial"]["block_out_channels"]) - 1)),
-        restart=lambda c: c["micro_frame_size"],
-        native=_open_sora_buffers,
-        streams=True,
-    ),
-}
-CLASSES = tuple(sorted(_RULES))
 
 
 class Vae:
@@ -182,7 +63,7 @@ class Vae:
         """Raises ConfigError, naming vae.tiling, where the class can't be cut so."""
         config = dict(module.config)
         self.id: str = type(module).__name__
-        rule = _RULES[self.id]
+        rule = RULES[self.id]
         temporal, spatial = rule.stride(config)
         keys = (rule.channels,) if isinstance(rule.channels, str) else rule.channels
         self.channels = int(functools.reduce(lambda part, key: part[key], keys, config))  # type: ignore[call-overload]
@@ -213,7 +94,7 @@ class Vae:
         """What the module's `decode` takes beside the latent."""
         return (torch.zeros(1, device=self.device, dtype=self.dtype),) if self._timestep else ()
 
-    def _check_tiling(self, tiling: TilingConfig, rule: _Rule) -> None:
+    def _check_tiling(self, tiling: TilingConfig, rule: Rule) -> None:
         (t, h, _), faults = self.stride, []
         for name in ("tile_px", "overlap_px") if tiling.tile_px else ():
             value = getattr(tiling, name)
@@ -350,7 +231,7 @@ def _config_sha256(module: Any) -> str:
 
 def _class(name: Any, where: str) -> Any:
     """What makes a module of the class `name` from its arguments."""
-    if not isinstance(name, str) or name not in _RULES:
+    if not isinstance(name, str) or name not in RULES:
         raise ConfigError(f"{where}: expected one of {', '.join(CLASSES)}, found {name!r}")
     try:
         import diffusers  # a second of imports: only where a VAE is used
@@ -359,52 +240,6 @@ def _class(name: Any, where: str) -> Any:
     if name == OpenSoraVae.__name__:
         return functools.partial(OpenSoraVae, diffusers.AutoencoderKL)
     return getattr(diffusers, name)
-
-
-def _read_json(path: Path, where: str) -> dict[str, Any]:
-    try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise ConfigError(f"{where}: {path} is larger than {MAX_JSON_BYTES} bytes")
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        reason = getattr(error, "strerror", None) or f"not JSON ({error})"
-        raise ConfigError(f"{where}: can't read {path}: {reason}") from None
-    if not isinstance(value, dict):
-        raise ConfigError(f"{where}: {path} holds {type(value).__name__}, a mapping expected")
-    return value
-
-
-def weight_files(folder: Path, name: str, where: str) -> list[Path]:
-    """The safetensors files of a model folder: `name`, or the shards that `name`.index.json lists.
-
-    Raises:
-        ConfigError: naming `where` (the dotted key of the folder) and the file that is missing.
-    """
-    index = folder / f"{name}.index.json"
-    if (folder / name).is_file():
-        if index.is_file():  # diffusers would read the one, transformers the other
-            raise ConfigError(f"{where}: {folder} holds {name} and {index.name}: one of them expected; move one away")
-        return [folder / name]
-    if not index.is_file():
-        raise ConfigError(f"{where}: no {name} in {folder}; weights are read from safetensors only")
-    weight_map = _read_json(index, where).get("weight_map")
-    names = sorted(set(weight_map.values())) if isinstance(weight_map, dict) else []
-    for shard in names:
-        if not isinstance(shard, str) or Path(shard).name != shard or not (folder / shard).is_file():
-            raise ConfigError(f"{where}: {index} lists {shard!r}, which is no file in {folder}")
-    if not names:
-        raise ConfigError(f"{where}: {index} lists no weights")
-    return [folder / shard for shard in names]
-
-
-def sha256_files(paths: list[Path]) -> str:
-    """Hex sha256 of the files' bytes, one after the other."""
-    digest = hashlib.sha256()
-    for path in paths:
-        with open(path, "rb") as f:
-            while block := f.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
 
 
 def load_vae(
@@ -438,7 +273,7 @@ def load_vae(
         )
     if not (folder / "config.json").is_file():
         raise ConfigError(f"{where}: no config.json in {folder}; expected a local diffusers autoencoder")
-    config = _read_json(folder / "config.json", where)
+    config = read_config(folder / "config.json", where)
     published = config.get("model_type") == PUBLISHED
     name = OpenSoraVae.__name__ if published else config.get("_class_name")
     cls = _class(name, f"{where}: {folder}/config.json: _class_name")
@@ -481,15 +316,15 @@ def read_rule(path: str | Path, where: str = "vae.path") -> tuple[tuple[int, int
     """
     path = resolve(Path(path), "vae", where)
     folder = path.parent if path.is_file() else path
-    config = _read_json(folder / "config.json", where)
+    config = read_config(folder / "config.json", where)
     published = config.get("model_type") == PUBLISHED
     name = OpenSoraVae.__name__ if published else config.get("_class_name")
-    if not isinstance(name, str) or name not in _RULES:
+    if not isinstance(name, str) or name not in RULES:
         raise ConfigError(f"{where}: {folder}/config.json: _class_name: expected one of {', '.join(CLASSES)}")
     try:
         config = published_arch(config) if published else config
-        temporal, spatial = (int(stride) for stride in _RULES[name].stride(config))
-        lengths = Lengths(temporal, int(_RULES[name].frames_unit(temporal)), _RULES[name].restart(config))
+        temporal, spatial = (int(stride) for stride in RULES[name].stride(config))
+        lengths = Lengths(temporal, int(RULES[name].frames_unit(temporal)), RULES[name].restart(config))
     except (ValueError, TypeError, KeyError, ArithmeticError) as error:
         raise ConfigError(f"{where}: {folder}/config.json: not that of {name}: {error!r}") from None
     return (temporal, spatial, spatial), lengths
