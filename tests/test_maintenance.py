@@ -5,10 +5,13 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
+import zlib
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -17,6 +20,7 @@ from models import write_vae
 
 from sorahpc.cli import main
 from sorahpc.data import maintenance as module
+from sorahpc.data import shards
 from sorahpc.data.cache import INDEX, INFO, build_index, pin_info, plan_shards
 from sorahpc.data.claims import WORK
 from sorahpc.data.journal import replay
@@ -432,6 +436,26 @@ def test_the_command_line_tells_faults_a_line_each_and_as_json_and_ends_with_4(
     assert run("verify", path)[0] == 0 and run("verify", str(tmp_path / "c"))[0] == 0
     assert json.loads(run("repair", path, "--json")[1])["set_aside"] == {}
     assert run("verify", str(tmp_path / "nowhere"))[0] == 4
+
+
+@pytest.mark.parametrize("fps", [2000.0, 1e-7, 0.0, -8.0, math.nan])
+def test_a_forged_fps_is_one_line_for_who_shows_the_sample_and_a_fault_for_verify(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], fps: float
+) -> None:
+    rows, folder = write(tmp_path / "c"), str(tmp_path / "c")
+    shard = tmp_path / "c" / LatentCache(folder).index.shards[0]
+    with h5py.File(shard, "r+") as f:
+        f["fps"][...] = fps
+    data = shard.read_bytes()
+    shard.write_bytes(data + shards._seal(zlib.crc32(data)))
+    there = {p.name: p.stat().st_size for p in sorted((tmp_path / "c").glob("shard-*"))}
+    forge(tmp_path / "c", {"shards": there}, fps=fps)
+    assert main(["cache", "verify", folder]) == 4
+    assert f"{shard}: `fps`: 0.001 to 240 expected" in capsys.readouterr().out
+    for command in (["show", folder, rows[2][0], "--vae", str(tmp_path / "vae")], ["ls", folder], ["stats", folder]):
+        assert main(["cache", *command]) == 4
+        said = capsys.readouterr().err.splitlines()
+        assert len(said) == 1 and f"{INDEX}: fps: 0.001 to 240 expected" in said[0], said
 
 
 def test_a_sample_is_shown_in_the_tiles_that_it_was_encoded_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import zlib
@@ -78,7 +79,7 @@ def test_hostile_shards_are_refused_not_crashed_on(tmp_path: Path) -> None:
         ("rows", [1 << 60, -1, 0, 0], "latent has no bytes"),
         ("keys", [b"../../etc/passwd"] * 4, "keys"),
         ("stats/sum", [float("nan")] * C, "stats"),
-        ("fps", [8.0, 8.0, 0.0, 8.0], "fps"),
+        *[("fps", [8.0, 8.0, fps, 8.0], "fps`: 0.001 to 240 expected") for fps in (0.0, -8.0, 1e-7, 2000.0, math.nan)],
     ],
 )
 def test_hostile_values_in_a_shard_are_refused_by_name(tmp_path: Path, name: str, values: list, word: str) -> None:

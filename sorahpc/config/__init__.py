@@ -31,11 +31,23 @@ from sorahpc.config.data import (
 )
 from sorahpc.config.results import KERNEL_CASES, EvaluateConfig, KernelsConfig, ProfileConfig, SampleConfig
 from sorahpc.config.training import ModelConfig, TrainConfig, TrainVaeConfig
-from sorahpc.config.values import ArrayResources, ConfigPath, RunName, SafeStr, Section, VariableName, shipped_dir
+from sorahpc.config.values import (
+    MAX_FPS,
+    MIN_FPS,
+    ArrayResources,
+    ConfigPath,
+    RunName,
+    SafeStr,
+    Section,
+    VariableName,
+    shipped_dir,
+)
 from sorahpc.errors import ConfigError
 
 __all__ = [
     "KERNEL_CASES",
+    "MAX_FPS",
+    "MIN_FPS",
     "ArrayResources",
     "CaptionConfig",
     "ClipConfig",

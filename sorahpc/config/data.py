@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from sorahpc.config.values import ArrayResources, ConfigPath, Section, VariableName
+from sorahpc.config.values import MAX_FPS, MIN_FPS, ArrayResources, ConfigPath, Section, VariableName
 
 
 class ScenesConfig(Section):
@@ -78,7 +78,7 @@ class PrepareConfig(Section):
 class ClipConfig(Section):
     """How a clip is taken: from the start of a video or scene, resampled in time, scaled with its aspect kept."""
 
-    fps: float = Field(8.0, gt=0, le=240, description="frames a second after resampling by presentation time")
+    fps: float = Field(8.0, ge=MIN_FPS, le=MAX_FPS, description="frames a second after resampling by presentation time")
     max_frames: int = Field(17, ge=1, description="longest clip; rounded down to what the VAE takes (4k+1)")
     min_frames: int = Field(1, ge=1, description="a video shorter than this is rejected, with its reason")
     max_area_px: int = Field(64 * 64, ge=256, description="largest height x width; the aspect ratio is kept")

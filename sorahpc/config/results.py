@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from sorahpc.config.values import ArrayResources, ConfigPath, Section
+from sorahpc.config.values import MAX_FPS, MIN_FPS, ArrayResources, ConfigPath, Section
 
 # What sorahpc.profiling.cases makes; here, so that a wrong kernels.only is known without torch.
 KERNEL_CASES = (
@@ -28,7 +28,7 @@ class SampleConfig(Section):
     frames: int = Field(17, ge=1, description="frames, as the VAE takes them (4k+1)")
     height: int = Field(64, ge=8, description="height in px, a multiple of VAE stride x patch")
     width: int = Field(64, ge=8, description="width in px, a multiple of VAE stride x patch")
-    fps: float = Field(8.0, gt=0, le=240)
+    fps: float = Field(8.0, ge=MIN_FPS, le=MAX_FPS)
     steps: int = Field(30, ge=1, description="Euler steps")
     cfg_scale: float = Field(4.0, ge=0, description="classifier-free guidance; 1: none")
     t_shift: float = Field(1.0, gt=0, description="as train.t_shift, on the sampling grid")

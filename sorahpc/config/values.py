@@ -14,6 +14,7 @@ from sorahpc.errors import ConfigError
 # shell syntax: what can't be written can't be injected.
 SAFE_VALUE = re.compile(r"[A-Za-z0-9._:=,@%+/\[\]-]+")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+MIN_FPS, MAX_FPS = 0.001, 240  # of clips, in a cache too; an mp4 can have any of these
 
 
 def shipped_dir() -> Path:

@@ -36,6 +36,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from sorahpc.config import MAX_FPS, MIN_FPS
 from sorahpc.data.manifest import REJECTED, shown
 from sorahpc.data.parquet import read_table
 from sorahpc.data.shards import KEY, MAX_SIDE, VERSION, Shard, pieces_of, read_shard
@@ -448,7 +449,7 @@ def read_index(folder: Path, channels: int, dims: Mapping[str, int]) -> Index:
         need((text_ends <= sizes[shard_of]).all(), f"a {text} embedding ends after its shard")
     need(len(meta["mean"]) == len(meta["std"]) == channels, f"statistics: {channels} channels expected")
     fps = column("fps", np.float64)
-    need((np.isfinite(fps) & (fps > 0)).all(), "fps: above 0 expected")
+    need(((fps >= MIN_FPS) & (fps <= MAX_FPS)).all(), f"fps: {MIN_FPS} to {MAX_FPS} expected")
     mean, std = (torch.tensor(meta[n], dtype=torch.float32) for n in ("mean", "std"))
     need(bool((std > 0).all()), "statistics: std must be above 0")
     return Index(

@@ -30,6 +30,7 @@ from typing import Any
 
 import numpy as np
 
+from sorahpc.config import MAX_FPS, MIN_FPS
 from sorahpc.data.cache import INFO
 from sorahpc.data.manifest import shown
 from sorahpc.data.shards import BITS, KEY, MAX_SIDE, Sample, crc32, pieces_of
@@ -205,7 +206,7 @@ def _record(text: dict[str, Any], data: bytes, dtype: str, channels: int, dims: 
         fits = len(sample.shape) == 4 and sample.shape[0] == channels == len(sample.sum) == len(sample.sumsq)
         words = (sample.key, sample.caption, sample.detailed, sample.source, sample.decoder)
         fits = fits and all(isinstance(word, str) for word in words) and bool(KEY.fullmatch(sample.key))
-        numbers = isinstance(sample.fps, float) and type(sample.count) is int
+        numbers = isinstance(sample.fps, float) and MIN_FPS <= sample.fps <= MAX_FPS and type(sample.count) is int
         if not (whole and fits and numbers and set(sample.lengths) == expected and set(sample.crc) == set(shapes)):
             return None
         at = 0

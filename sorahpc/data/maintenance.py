@@ -499,7 +499,7 @@ def list_samples(folder: Path) -> list[dict[str, Any]]:
         rows.append(
             {
                 "key": key, "shard": cache.index.shards[cache.index.shard_of[i]], "shape": [c, t, h, w],
-                "frames": frames, "duration_s": frames / float(cache.fps[i]) if cache.fps[i] > 0 else 0.0,
+                "frames": frames, "duration_s": frames / float(cache.fps[i]),
                 "tokens": (t // pt) * (h // ph) * (w // pw), "text_len": int(cache.text_lens[i]),
                 "caption": cache.captions[i], "detailed": cache.detailed[i], "source": cache.sources[i],
             }

@@ -35,6 +35,7 @@ from typing import IO, Any
 import numpy as np
 import torch
 
+from sorahpc.config import MAX_FPS, MIN_FPS
 from sorahpc.data.manifest import shown
 from sorahpc.data.texts import DETAILED, TEXTS, Texts
 from sorahpc.errors import DataError, SetupError
@@ -546,7 +547,7 @@ def read_shard(path: Path, channels: int, dims: Mapping[str, int], dtype: str) -
             )
             rows_of, stored = column("rows", (n,), "<i8"), column("byte_offsets", (n,), "<i8")
             crc, fps = column("latent_crc32", (n,), "<u4"), column("fps", (n,), "<f8")
-            need((np.isfinite(fps) & (fps > 0)).all(), "`fps`: above 0 expected")
+            need(((fps >= MIN_FPS) & (fps <= MAX_FPS)).all(), f"`fps`: {MIN_FPS} to {MAX_FPS} expected")
             captions, sources = strings("captions", n), strings("sources", n)
             detailed = strings("detailed_captions", n) if "detailed_captions" in f else [""] * n
             decoders = strings("decoders", n) if "decoders" in f else ["pyav"] * n
