@@ -4,52 +4,32 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import os
 import re
 import shutil
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from models import COSMOS, WAN, write_vae
+from models import COSMOS, write_vae
 from ranks import free_port, run_on_ranks
 from safetensors.torch import load_file, save_file
+from vae_trainings import WAN_TINY, all_terms, configure, spec_of, write_lpips, write_wan
 
-from sorahpc.config import Config, TrainVaeConfig
-from sorahpc.configfile import load_config, parse_config
-from sorahpc.data.clips import ClipCache, moving_pixels
+from sorahpc.config import Config
+from sorahpc.data.batches import Batches
+from sorahpc.data.clips import ClipCache
 from sorahpc.data.manifest import Video, read_manifest, write_manifest
 from sorahpc.data.toyworld import render, scene_of
 from sorahpc.errors import ConfigError, DataError, NumericsError, Stopped
 from sorahpc.jobs import train_vae
-from sorahpc.jobs.train_vae import Batches, Coder, Trainer, measure, start_vae, summary
-from sorahpc.models.vae import WEIGHTS, Vae, build_vae, load_vae, save_vae
+from sorahpc.jobs.train_vae import measure, summary
+from sorahpc.models.vae import WEIGHTS, Vae, build_vae, load_vae
+from sorahpc.models.vae_start import start_vae
+from sorahpc.models.vae_training import Trainer
 from sorahpc.runs import Task
-
-WAN_TINY = {"class_name": "AutoencoderKLWan", "arch": WAN}
-
-
-def configure(folder: Path, **train: object) -> Config:
-    if not train.get("init"):
-        train = {"class_name": "AutoencoderKLCosmos", "arch": COSMOS, **train}
-    return parse_config(
-        {
-            "run": "r", "runs_dir": str(folder), "prepare": {"videos": str(folder / "videos")},
-            "clip": {"fps": 8, "max_frames": 9, "min_frames": 5, "max_area_px": 4096},
-            "train_vae": {"out": str(folder / "vae"), "steps": 8, "batch_clips": 2, "window_frames": 5,
-                          "save_every": 3, "holdout_clips": 2, **train},
-        }
-    )  # fmt: skip
-
-
-def spec_of(**train: object) -> TrainVaeConfig:
-    spec = configure(Path("/x"), **train).train_vae
-    assert spec is not None
-    return spec
 
 
 @pytest.fixture(scope="module")
@@ -64,23 +44,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     prepare.run(config, Task(config.run_dir, "prepare"))
     write_lpips(folder)
     return folder
-
-
-def write_lpips(folder: Path) -> None:
-    from sorahpc.models.lpips import Lpips
-
-    torch.manual_seed(0)
-    module = Lpips()
-    state = {f"features.{name}": value for name, value in module.features.state_dict().items()}
-    save_file(state, folder / "model.safetensors")
-    save_file({f"lin{k}.model.1.weight": torch.rand_like(h) for k, h in enumerate(module.heads)}, folder / "heads")
-
-
-def all_terms(world: Path) -> dict[str, Any]:
-    return {
-        "crop_px": 32, "l1_weight": 0.5, "perceptual": {"vgg": str(world), "heads": str(world / "heads"), "frames": 1},
-        "adversarial": {"start_step": 1, "channels": 8, "layers": 2},
-    }  # fmt: skip
 
 
 def at(folder: Path, world: Path, **train: object) -> Config:
@@ -153,67 +116,6 @@ def test_two_ranks_train_as_one_does_and_go_on_where_one_has_stopped(world: Path
         assert results[1]["clips"] == 2 and results[1]["psnr_db"] == pytest.approx(results[0]["psnr_db"], abs=0.05)
 
 
-def test_training_lowers_the_error_on_whole_frames_and_on_crops() -> None:
-    frames = [render(scene_of(2, i, frames=[9], sizes=[(64, 64)])) for i in range(4)]
-    shipped = load_config("toy_vae").train_vae
-    assert shipped is not None and shipped.arch is not None
-    for name, arch, crop in (("AutoencoderKLCosmos", COSMOS, None), (shipped.class_name, shipped.arch, 32)):
-        trainer, _ = trainer_of(frames, class_name=name, arch=arch, steps=30, crop_px=crop)
-        assert trainer.batches.sizes == [(5, crop or 64, crop or 64)]
-        errors = [trainer.train_step()["mse"] for _ in range(30)]
-        assert np.mean(errors[-5:]) < 0.8 * np.mean(errors[:5]), (name, errors)
-
-
-class InMemory:
-    """A ClipCache of what is there."""
-
-    def __init__(self, frames: list[np.ndarray]) -> None:
-        self.cache = ClipCache(lambda i: frames[i], 1 << 30, 1)
-
-    def ask(self, i: int) -> Future[Any]:
-        return self.cache.ask(i)
-
-
-@pytest.fixture(autouse=True)
-def alone() -> Any:
-    """A world of one rank, for a Trainer that no job has made; jobs make their own."""
-    yield
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-
-
-def trainer_of(frames: list[np.ndarray], **train: object) -> tuple[Trainer, Vae]:
-    from sorahpc.distributed.mesh import init_process_group
-
-    device = torch.device("cpu")
-    if not torch.distributed.is_initialized():
-        init_process_group(0, 1, device)
-    spec = spec_of(**train)
-    vae = start_vae(spec)
-    shapes = {i: clip.shape[:3] for i, clip in enumerate(frames)}
-    return Trainer(vae, Batches(InMemory(frames), shapes, vae, spec), spec, device), vae  # type: ignore[arg-type]
-
-
-def test_a_loss_that_is_not_finite_is_refused_and_changes_nothing() -> None:
-    trainer, vae = trainer_of([render(scene_of(2, 0, frames=[9], sizes=[(64, 64)]))])
-    with torch.no_grad():
-        next(vae.module.decoder.parameters()).fill_(float("nan"))
-    before = {k: v.clone() for k, v in vae.module.state_dict().items()}
-    with pytest.raises(NumericsError, match=r"train_vae: loss nan at step 0; lower train_vae.lr \(now 0.03\)"):
-        trainer.train_step()
-    assert trainer.step == 0
-    assert all(torch.equal(v, before[k]) or v.isnan().any() for k, v in vae.module.state_dict().items())
-
-
-def test_a_gradient_that_is_not_finite_is_refused_and_changes_nothing() -> None:
-    trainer, vae = trainer_of([render(scene_of(2, 0, frames=[9], sizes=[(64, 64)]))])
-    before = {k: v.clone() for k, v in vae.module.state_dict().items()}
-    next(vae.module.decoder.parameters()).register_hook(lambda grad: grad * float("inf"))
-    with pytest.raises(NumericsError, match=r"train_vae: gradient norm (inf|nan) at step 0; lower train_vae.lr"):
-        trainer.train_step()
-    assert trainer.step == 0 and all(torch.equal(v, before[k]) for k, v in vae.module.state_dict().items())
-
-
 @pytest.mark.parametrize("before", [True, False])
 def test_an_autoencoder_that_gives_what_is_not_finite_is_no_result_and_out_stays_as_it_was(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: bool
@@ -251,10 +153,8 @@ def test_weights_that_are_finite_as_trained_but_not_as_stored_are_no_result(
         return found
 
     monkeypatch.setattr(Trainer, "train_step", too_large)
-    message = (
-        r"decoder.conv_out.conv_s.bias of what was to be .*/vae is not finite; lower train_vae.lr \(now 0.03\), or "
-    )
-    with pytest.raises(NumericsError, match=message + r"train_vae.weights_dtype=float32 \(now float16\)"):
+    lower = r"lower train_vae.lr \(now 0.03\), or train_vae.weights_dtype=float32$"
+    with pytest.raises(NumericsError, match=rf"decoder.conv_out.conv_s.bias of what was .*/vae is not finite; {lower}"):
         train_vae.run(config, Task(config.run_dir, "train-vae"))
     assert not list((tmp_path / "vae").iterdir())
 
@@ -374,131 +274,10 @@ def test_clips_that_the_first_training_may_have_seen_are_told_of_when_its_weight
         assert after == (note["held_out_below"] if limit else "")  # for who starts from these
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Data
-
-
-def batches(frames: list[np.ndarray], limit: int, rank: int, size: int, broken: tuple[int, ...] = ()) -> Batches:
-    def load(i: int) -> np.ndarray:
-        if i in broken:
-            raise DataError(f"{i}: broken")
-        return frames[i]
-
-    spec = spec_of(batch_clips=4, steps=6, crop_px=32)
-    shapes = {i: clip.shape[:3] for i, clip in enumerate(frames)}
-    return Batches(ClipCache(load, limit, 2), shapes, build_vae("AutoencoderKLCosmos", COSMOS), spec, rank, size)  # type: ignore[arg-type]
-
-
-def test_a_batch_depends_on_seed_and_step_only_not_on_ranks_nor_on_memory() -> None:
-    frames = [render(scene_of(2, i, frames=[9], sizes=[(64, 64 + 32 * (i % 2))])) for i in range(6)]
-    whole = batches(frames, 1 << 30, 0, 1)
-    expected = [whole.next(step) for step in range(6)]
-    assert expected[0].shape == (4, 5, 32, 32, 3) and not np.array_equal(expected[0], expected[1])
-    for size in (2, 4):
-        shares = [batches(frames, 0, rank, size) for rank in range(size)]  # nothing is kept
-        for step in (0, 1, 2, 3, 4, 5):
-            assert np.array_equal(np.concatenate([share.next(step) for share in shares]), expected[step])
-        asked = sum(share.clips.decoded for share in shares)
-        assert asked <= 24  # each rank its own clips only, each once: those ahead are held
-    assert np.array_equal(batches(frames, 0, 0, 1).next(4), expected[4])  # as after a resume
-
-
-def test_a_clip_that_can_not_be_decoded_is_left_out_by_every_rank_alike(caplog: pytest.LogCaptureFixture) -> None:
-    frames = [render(scene_of(2, i, frames=[9], sizes=[(64, 64)])) for i in range(4)]
-    broken = (1, 3)
-    with caplog.at_level(logging.WARNING):
-        whole = batches(frames, 1 << 30, 0, 1, broken)
-        expected = [whole.next(step) for step in range(6)]
-    assert sorted(m for m in caplog.messages if m.startswith("left out")) == [
-        "left out: 1: broken",
-        "left out: 3: broken",
-    ]
-    shares = [batches(frames, 0, rank, 2, broken) for rank in range(2)]
-    for step in range(6):
-        assert np.array_equal(np.concatenate([share.next(step) for share in shares]), expected[step])
-    with pytest.raises(DataError, match=r"none of the 4 clips of 5x32x32 can be decoded"):
-        batches(frames, 0, 0, 1, (0, 1, 2, 3)).next(0)
-
-
-def test_clips_are_decoded_once_while_they_fit_and_memory_stays_bounded() -> None:
-    clip = np.zeros((2, 8, 8, 3), np.uint8)
-    with ClipCache(lambda i: clip + i, 3 * clip.nbytes, 2) as cache:
-        for i in (0, 1, 2, 0, 1, 2):
-            assert cache.ask(i).result().pixels[0, 0, 0, 0] == i
-        assert cache.decoded == 3
-        cache.ask(0).result()
-        cache.ask(3).result()
-        cache.ask(0).result()  # forgets 1, which was not asked for longest
-        assert cache.decoded == 4 and cache._bytes <= 3 * clip.nbytes and set(cache._kept) == {0, 2, 3}
-        cache.ask(1).result()
-        assert cache.decoded == 5
-
-
-def test_moving_pixels_are_those_of_the_object_and_none_in_a_still_clip() -> None:
-    scene = next(s for s in (scene_of(2, i, frames=[17]) for i in range(50)) if s.speed == "fast" and s.bar is None)
-    clip = render(scene)
-    found = moving_pixels(clip)
-    assert 0 < len(found) <= 512
-    places = np.array([scene.position(t / scene.fps) for t in range(scene.frames)])
-    half_w, half_h = scene.half_extents
-    low, high = places.min(0) - [half_w + 1, half_h + 1], places.max(0) + [half_w + 1, half_h + 1]
-    assert (found[:, 2] >= low[0]).all() and (found[:, 2] <= high[0]).all()
-    assert (found[:, 1] >= low[1]).all() and (found[:, 1] <= high[1]).all()
-    assert moving_pixels(np.repeat(clip[:1], 9, axis=0)).shape == (0, 3)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Terms and fine-tuning
-
-
-def test_the_kl_is_that_of_the_posterior_to_a_unit_normal_mean_per_value() -> None:
-    torch.manual_seed(0)
-    vae = build_vae(*WAN_TINY.values())  # type: ignore[arg-type]
-    x, noise = torch.rand(2, 3, 5, 32, 32) * 2 - 1, torch.randn(2, 4, 2, 4, 4)
-    with torch.no_grad():
-        posterior = vae.module.encode(x).latent_dist
-        unit = torch.distributions.Normal(0.0, 1.0)
-        for sigma, std in ((None, posterior.std), (0.3, torch.full_like(posterior.mean, 0.3))):
-            y, kl = Coder(vae, sigma)(x, noise)
-            expected = torch.distributions.kl_divergence(torch.distributions.Normal(posterior.mean, std), unit)
-            torch.testing.assert_close(kl, expected.mean())
-            torch.testing.assert_close(y, vae.module.decode(posterior.mean + std * noise).sample)
-
-
-def test_the_adversarial_term_pulls_at_the_last_layer_as_strongly_as_the_reconstruction() -> None:
-    """Equation 7 of VQGAN, from gradients of each term by itself."""
-    frames = [render(scene_of(2, i, frames=[9], sizes=[(64, 64)])) for i in range(2)]
-    adversarial = {"start_step": 0, "channels": 8, "layers": 2, "weight": 1.0}
-    trainer, vae = trainer_of(frames, **WAN_TINY, adversarial=adversarial)
-    assert trainer.last_weight is vae.module.decoder.conv_out.weight and trainer.judge is not None
-    x = trainer._pixels(trainer.batches.next(0))
-    y, _ = trainer.coder(x, trainer._noise(x))
-    likeness, fooled = (y - x).square().mean(), -trainer.judge.module(y).mean()
-    weight = trainer._balance(likeness, fooled)
-    pulls = [
-        torch.autograd.grad(term, vae.module.decoder.conv_out.weight, retain_graph=True)[0].norm()
-        for term in (likeness, weight.detach() * fooled)
-    ]
-    assert float(pulls[0]) == pytest.approx(float(pulls[1]), rel=1e-3)
-    found = trainer.train_step()
-    assert found["loss"] == pytest.approx(
-        found["mse"] + 1e-4 * found["kl"] + found["balance"] * found["adversarial"], rel=1e-4
-    )
-    assert 0.5 < found["discriminator"] < 1.5  # it knows nothing yet: 1
-
-
-@pytest.fixture
-def published(tmp_path: Path) -> Path:
-    """A Wan that has a variance of its own."""
-    torch.manual_seed(3)
-    vae = build_vae(*WAN_TINY.values())  # type: ignore[arg-type]
-    save_vae(vae, vae.module.state_dict(), tmp_path / "published", torch.float32)
-    return tmp_path / "published"
-
-
 def test_fine_tuning_starts_from_the_weights_of_init_and_keeps_its_learned_variance(
-    world: Path, tmp_path: Path, published: Path
+    world: Path, tmp_path: Path
 ) -> None:
+    published = write_wan(tmp_path / "published")
     config = at(tmp_path / "tuned", world, init=str(published), steps=2, lr=1e-5, batch_clips=2)
     train_vae.run(config, Task(config.run_dir, "train-vae"))
     before, after = load_file(published / WEIGHTS), load_file(tmp_path / "tuned/vae" / WEIGHTS)
@@ -507,47 +286,6 @@ def test_fine_tuning_starts_from_the_weights_of_init_and_keeps_its_learned_varia
     note = json.loads((tmp_path / "tuned/vae/train_vae.json").read_text())
     assert len(note.pop("held_out_below")) == 16
     assert note == {"posterior": "learned", "latent_noise": None, "steps": 2, "init": str(published)}
-    # What we trained with a fixed variance goes on with it: nothing has taught the class its own.
-    frames = [render(scene_of(2, 0, frames=[9], sizes=[(64, 64)]))]
-    (published / "train_vae.json").write_text(json.dumps({**note, "posterior": "fixed"}))
-    assert trainer_of(frames, init=str(published))[0].learned is False
-    assert trainer_of(frames, init=str(published / WEIGHTS))[0].learned is False
-    assert trainer_of(frames, init=str(published), posterior="learned")[0].learned is True
-
-
-def test_what_does_not_fit_init_is_one_line(published: Path, tmp_path: Path) -> None:
-    start_vae(spec_of(init=str(published), class_name="AutoencoderKLWan", arch={"z_dim": 4, "dim_mult": [1, 1, 1, 1]}))
-    for train, message in (
-        (
-            {"class_name": "AutoencoderKLCosmos"},
-            r"train_vae.class_name: .*holds AutoencoderKLWan, found Auto",
-        ),
-        ({"arch": {"z_dim": 8}}, r"train_vae.arch.z_dim: .* has 4, found 8; leave class_name and arch out"),
-        ({"arch": {"zdim": 4}}, r"train_vae.arch.zdim: .* has null, found 4"),
-        ({"init": str(tmp_path / "nowhere")}, r"train_vae.init: no folder .*nowhere"),
-    ):
-        with pytest.raises(ConfigError, match=f"^{message}") as caught:
-            start_vae(spec_of(**{"init": str(published), **train}))
-        assert "\n" not in str(caught.value)
-    frames = [render(scene_of(2, 0, frames=[9], sizes=[(64, 64)]))]
-    with pytest.raises(ConfigError, match=r"^train_vae.posterior: AutoencoderKLCosmos gives no variance, so fixed"):
-        trainer_of(frames, posterior="learned")
-
-
-def test_terms_that_the_frames_are_too_small_for_are_refused_in_one_line(world: Path) -> None:
-    frames = [render(scene_of(2, 0, frames=[9], sizes=[(64, 64)]))]
-    with pytest.raises(ConfigError, match=r"^train_vae.perceptual: frames of 16 px or more expected, .* have 8"):
-        trainer_of(frames, **{**all_terms(world), "crop_px": 8})
-    with pytest.raises(ConfigError, match=r"^train_vae.adversarial.layers: 4 need frames of 48 px or more, .* have 32"):
-        trainer_of(frames, crop_px=32, adversarial={"layers": 4})
-
-
-def test_ranks_that_do_not_divide_the_batch_and_a_training_from_nothing_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"train_vae.batch_clips: .*multiple of the number of ranks 3"):
-        spec_of(batch_clips=4, resources={"tasks_per_node": 3})
-    for missing in ("class_name", "arch"):
-        with pytest.raises(ConfigError, match=rf"train_vae.{missing}: .*or `init` to start from"):
-            spec_of(**{missing: None})
 
 
 def test_what_was_measured_by_ranks_is_put_together_as_if_by_one() -> None:
