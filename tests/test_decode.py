@@ -465,6 +465,21 @@ def test_a_variable_rate_is_followed(tmp_path: Path) -> None:
     assert numbers(decode(path, at(64, 64, 0, 0.04, 0.5, 0.999, 1.0, 1.8, 2.0, 2.51))) == [0, 1, 2, 3, 3, 4, 5, 6]
 
 
+@pytest.mark.parametrize("codec", ["libx264", "libx265"])
+def test_a_variable_rate_with_reordered_frames_lasts_as_long_as_its_frames_are_shown(
+    tmp_path: Path, codec: str
+) -> None:
+    # An mp4 holds how long it is from packet to packet, which is 400 ms here for some that are shown near the end.
+    for ms in ((0, 400, 800, 1200, 1240, 1280), (0, 400, 440, 840, 880, 920, 1400, 1440, 1480, 1520)):
+        times = [Fraction(t, 1000) for t in ms]
+        quiet = {"x265-params": "log-level=none"} if codec == "libx265" else {}
+        path = write_video(tmp_path / "a.mp4", numbered(len(ms)), times=times, codec=codec, options=quiet)
+        video = probed(path)
+        last = plan(video, fps=50, max_frames=1000).times_s
+        assert last[-1] > video.duration_s - 0.1
+        assert numbers(decode(path, at(64, 64, *last)))[-1] == len(ms) - 1
+
+
 def test_an_avi_with_reordered_frames_shows_each_at_its_time(tmp_path: Path) -> None:
     path = write_video(tmp_path / "a.avi", numbered(30), fps=25, options={"bf": "3"})
     assert numbers(decode(path, at(64, 64, *(i / 25 for i in range(30))))) == list(range(30))

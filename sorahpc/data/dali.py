@@ -143,7 +143,7 @@ def _timed(container: Any, stream: Any, last_s: float) -> tuple[Any, np.ndarray,
     float64 [N]; and when the last of these ends. Raises Unusable where packets don't say."""
     first = None
     pts: list[int] = []
-    end = 0
+    last_pts, end = None, 0
     rate = stream.average_rate or stream.guessed_rate
     step = 1 / (rate * stream.time_base) if rate else 0
     try:
@@ -155,7 +155,8 @@ def _timed(container: Any, stream: Any, last_s: float) -> tuple[Any, np.ndarray,
             if packet.pts is None or packet.dts is None or packet.is_discard or packet.is_corrupt:
                 raise Unusable("its packets don't say which frames are shown, and when")
             pts.append(packet.pts)
-            end = max(end, packet.pts + (packet.duration or step))
+            if last_pts is None or packet.pts >= last_pts:
+                last_pts, end = packet.pts, packet.pts + (packet.duration or step)
             # No later packet is presented before its decoding time.
             if first is not None and float((packet.dts - min(pts)) * stream.time_base) > last_s + 1:
                 break

@@ -62,7 +62,8 @@ def probe(file: IO[bytes]) -> Probe:
     """
     with opened(file) as (container, stream):
         packets = frames = 0
-        first_pts = last_end = None  # of the video, in its time base
+        first_pts = last_pts = None  # of the video, in its time base
+        last_end = 0
         all_end = -math.inf  # of any stream, in seconds
         timed = True
         picture = None
@@ -91,9 +92,11 @@ def probe(file: IO[bytes]) -> Probe:
                     if packet.pts is None:
                         timed = False
                     else:
-                        end = packet.pts + (packet.duration or step)
                         first_pts = packet.pts if first_pts is None else min(first_pts, packet.pts)
-                        last_end = end if last_end is None else max(last_end, end)
+                        # Of the frame that is shown last, as decoding will have it. An mp4's lengths are from packet
+                        # to packet in the order of decoding: of a variable rate, those of others may reach beyond.
+                        if last_pts is None or packet.pts >= last_pts:
+                            last_pts, last_end = packet.pts, packet.pts + (packet.duration or step)
             if picture is None:
                 try:
                     picture = next(iter(packet.decode()), None)
@@ -117,7 +120,7 @@ def probe(file: IO[bytes]) -> Probe:
                     f"truncated: ends {missing_s:.2f} s before the {container.duration / 1e6:.2f} s of its header"
                 )
         if timed:
-            assert first_pts is not None and last_end is not None
+            assert first_pts is not None
             duration_s = float((last_end - first_pts) * stream.time_base)
         else:
             duration_s = float(frames / rate) if rate else 0.0
