@@ -28,14 +28,14 @@ from videos import shots
 from sorahpc import lease
 from sorahpc.config import Config
 from sorahpc.configfile import parse_config
-from sorahpc.data import cache, claims, isolate
+from sorahpc.data import cache, claims, indexing, isolate, leftovers
 from sorahpc.data.cache import INDEX, INFO
 from sorahpc.data.claims import WORK
 from sorahpc.data.decode import ClipPlan, decode
 from sorahpc.data.latents import LatentCache
 from sorahpc.data.maintenance import verify
 from sorahpc.data.manifest import Video, read_manifest, write_manifest
-from sorahpc.data.shards import Sample
+from sorahpc.data.samples import Sample
 from sorahpc.data.toyworld import write_world
 from sorahpc.errors import ConfigError, DataError, SetupError, Stopped
 from sorahpc.jobs import encode, prepare
@@ -161,7 +161,7 @@ def _worker(
     """A task that writes the key of each clip that it has encoded; the sleepy one stops itself after the second. Beside
     it is written who builds the index."""
     torch.set_num_threads(1)
-    real, build = encode._encode, encode.build_index
+    real, build = encode._encode, indexing.build_index
 
     def builds(*args: object) -> object:
         with open(f"{told}.built", "a") as file:
@@ -176,7 +176,7 @@ def _worker(
             os.kill(os.getpid(), signal.SIGSTOP)
         return record
 
-    encode._encode, encode.build_index = encodes, builds  # type: ignore[assignment]
+    encode._encode, indexing.build_index = encodes, builds  # type: ignore[assignment]
     encode.run(config, task(config, rank, world_size, **({"launch": launch} if launch else {})))
 
 
@@ -251,7 +251,7 @@ def test_what_a_killed_task_left_of_a_shard_that_is_planned_no_more_goes_a_day_l
     left = sorted((config.cache_dir / WORK).iterdir())
     assert content(config) == whole and {p.suffix for p in left} == {".journal", ".lease"}
     for path in left:
-        os.utime(path, (time.time() - claims.LEFT_AFTER_S - 1,) * 2)
+        os.utime(path, (time.time() - leftovers.LEFT_AFTER_S - 1,) * 2)
     encode.run(config, task(config))
     assert content(config) == whole and list((config.cache_dir / WORK).iterdir()) == []
 
@@ -347,13 +347,13 @@ def test_who_is_killed_while_it_builds_the_index_is_followed_by_another_of_the_l
     world: Path, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     config, built = prepared(world, "builder_killed"), []
-    real = encode.build_index
-    monkeypatch.setattr(encode, "build_index", lambda *args: os.kill(os.getpid(), signal.SIGKILL))
+    real = indexing.build_index
+    monkeypatch.setattr(indexing, "build_index", lambda *args: os.kill(os.getpid(), signal.SIGKILL))
     first = start(config, 0, 2, tmp_path / "told", False, "one")
     first.join(60)
     (lease_left,) = (config.cache_dir / WORK).iterdir()
     assert first.exitcode == -signal.SIGKILL and lease_left.name.startswith("index-") and INDEX not in content(config)
-    monkeypatch.setattr(encode, "build_index", lambda *args: (built.append(args), real(*args))[1])
+    monkeypatch.setattr(indexing, "build_index", lambda *args: (built.append(args), real(*args))[1])
     encode.run(config, task(config, 1, 2, launch="one"))
     assert content(config) == whole and len(built) == 1 and list((config.cache_dir / WORK).iterdir()) == []
 
@@ -375,8 +375,8 @@ def test_a_task_waits_for_who_builds_the_index_and_does_not_build_it_itself(
             held.release()
 
     clock = Clock(meanwhile)
-    monkeypatch.setattr(encode, "time", clock)
-    monkeypatch.setattr(encode, "build_index", None)
+    monkeypatch.setattr(indexing, "time", clock)
+    monkeypatch.setattr(indexing, "build_index", None)
     with caplog.at_level(logging.INFO):
         encode.run(config, task(config, launch="one"))
     assert clock.pauses == 6 and content(config) == whole
@@ -397,7 +397,7 @@ def test_an_index_that_can_not_be_built_is_told_to_the_tasks_of_the_launch_and_b
     for _ in range(2):
         with pytest.raises(DataError, match=f"{shard.name}: no seal at its end"):
             encode.run(config, task(config, launch="one"))
-        monkeypatch.setattr(encode, "build_index", None)  # once was enough
+        monkeypatch.setattr(indexing, "build_index", None)  # once was enough
     monkeypatch.undo()
     with pytest.raises(DataError, match=f"{shard.name}: no seal at its end"):
         encode.run(config, task(config, launch="two"))

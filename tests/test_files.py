@@ -19,7 +19,8 @@ from sorahpc.data.decode import VideoError
 from sorahpc.data.decode import open_regular as open_video
 from sorahpc.data.manifest import read_manifest
 from sorahpc.data.prompts import read_prompts
-from sorahpc.data.shards import check_seal, read_shard
+from sorahpc.data.seal import check_seal
+from sorahpc.data.shards import read_shard
 from sorahpc.data.sources import look
 from sorahpc.errors import SoraHPCError
 from sorahpc.files import NotRegular, open_regular, read_regular, read_text

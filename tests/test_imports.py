@@ -27,7 +27,7 @@ ONE_PLACE = {
     "megatron": "sorahpc/distributed/megatron.py",
     "submitit": "sorahpc/cluster/submit.py",
     "nvidia.dali": "sorahpc/data/dali.py",
-    "h5py": "sorahpc/data/shards.py",
+    "h5py": "sorahpc/data/hdf5.py",
     "diffusers": "sorahpc/models/vae.py",
     "transformers": "sorahpc/models/text.py",
     "huggingface_hub": "sorahpc/store.py",

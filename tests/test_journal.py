@@ -13,7 +13,8 @@ from caches import C, dims, samples
 
 from sorahpc.data import journal as module
 from sorahpc.data.journal import Journal, Record, replay
-from sorahpc.data.shards import Sample, ShardWriter, rejection
+from sorahpc.data.samples import Sample, rejection
+from sorahpc.data.shards import ShardWriter
 from sorahpc.errors import DataError
 
 HEAD = {"shard": "shard-0123456789abcdef.h5", "cache_sha256": "a" * 64}

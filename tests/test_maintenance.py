@@ -20,12 +20,14 @@ from models import write_vae
 
 from sorahpc.cli import main
 from sorahpc.data import maintenance as module
-from sorahpc.data import shards
 from sorahpc.data.cache import INDEX, INFO, build_index, pin_info, plan_shards
 from sorahpc.data.claims import WORK
+from sorahpc.data.contents import list_samples, show, stats
 from sorahpc.data.journal import replay
 from sorahpc.data.latents import LatentCache
-from sorahpc.data.maintenance import list_samples, merge, repair, retry, show, stats, verify
+from sorahpc.data.maintenance import repair, retry, verify
+from sorahpc.data.merge import merge
+from sorahpc.data.seal import seal_of
 from sorahpc.data.shards import EMPTY_TEXT, ShardWriter, write_empty_text
 from sorahpc.errors import ConfigError, DataError
 from sorahpc.models.vae import Vae, load_vae
@@ -328,12 +330,12 @@ def test_a_merge_without_hard_links_copies_and_goes_on_where_it_was_killed(
         if left[0] < 0:
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module.os, "link", link)
-    monkeypatch.setattr(module.os, "fsync", killed)
+    monkeypatch.setattr(os, "link", link)
+    monkeypatch.setattr(os, "fsync", killed)
     with pytest.raises(DataError, match="No space left on device"):
         merge(tmp_path / "out", [a, b])
     assert not (tmp_path / "out" / INDEX).exists()
-    monkeypatch.setattr(module.os, "fsync", lambda _: None)
+    monkeypatch.setattr(os, "fsync", lambda _: None)
     assert merge(tmp_path / "out", [a, b])["copied"] == 3
     assert content(tmp_path / "out") == content(part_of(tmp_path, slice(0, 12), "whole"))
     assert not [n for n in os.listdir(tmp_path / "out") if n.startswith(".")]
@@ -447,7 +449,7 @@ def test_a_forged_fps_is_one_line_for_who_shows_the_sample_and_a_fault_for_verif
     with h5py.File(shard, "r+") as f:
         f["fps"][...] = fps
     data = shard.read_bytes()
-    shard.write_bytes(data + shards._seal(zlib.crc32(data)))
+    shard.write_bytes(data + seal_of(zlib.crc32(data)))
     there = {p.name: p.stat().st_size for p in sorted((tmp_path / "c").glob("shard-*"))}
     forge(tmp_path / "c", {"shards": there}, fps=fps)
     assert main(["cache", "verify", folder]) == 4

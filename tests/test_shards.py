@@ -14,8 +14,9 @@ import pytest
 import torch
 from caches import C, D, samples, write
 
-from sorahpc.data import shards as module
-from sorahpc.data.shards import ShardWriter, clean_caption, read_shard, remove_stale_parts
+from sorahpc.data.samples import MAX_CAPTION_CHARS, clean_caption
+from sorahpc.data.seal import SEAL_BYTES, seal_of
+from sorahpc.data.shards import EMPTY_TEXT, ShardWriter, read_empty_text, read_shard
 from sorahpc.errors import DataError
 
 
@@ -88,7 +89,7 @@ def test_hostile_values_in_a_shard_are_refused_by_name(tmp_path: Path, name: str
     with h5py.File(path, "r+") as f:
         f[name][...] = values
     data = path.read_bytes()
-    path.write_bytes(data + module._seal(zlib.crc32(data)))  # as they could, too
+    path.write_bytes(data + seal_of(zlib.crc32(data)))  # as they could, too
     with pytest.raises(DataError, match=word):
         read_shard(path, C, {"text": D}, "float16")
 
@@ -145,7 +146,7 @@ def test_a_shard_that_points_out_of_its_file_or_fills_the_memory_is_refused(tmp_
         data = path.read_bytes()
         for at in repeated:
             data = data[:at] + data[at : at + 16] * 4 + data[at + 64 :]
-        path.write_bytes(data + module._seal(zlib.crc32(data)))
+        path.write_bytes(data + seal_of(zlib.crc32(data)))
         with pytest.raises(DataError, match=f"`{name}|not a shard of cache") as caught:
             read_shard(path, C, {"text": D}, "float16")
         assert "\n" not in str(caught.value), (change, name)
@@ -173,8 +174,8 @@ def test_a_text_whose_size_is_wrong_ends_the_shard_and_not_the_process(tmp_path:
     refused = 0
     for at in [*sizes, place + 8, heap, heap + 8, heap + 15]:
         for value in (0, 7, 128, 255):
-            bad = good[:at] + bytes([value]) + good[at + 1 : -module.SEAL_BYTES]
-            path.write_bytes(bad + module._seal(zlib.crc32(bad)))
+            bad = good[:at] + bytes([value]) + good[at + 1 : -SEAL_BYTES]
+            path.write_bytes(bad + seal_of(zlib.crc32(bad)))
             try:
                 read_shard(path, C, {"text": D}, "float16")
             except DataError as error:
@@ -184,12 +185,12 @@ def test_a_text_whose_size_is_wrong_ends_the_shard_and_not_the_process(tmp_path:
 
 
 def test_an_empty_text_larger_than_its_file_is_refused_before_it_is_read(tmp_path: Path) -> None:
-    path = tmp_path / module.EMPTY_TEXT
+    path = tmp_path / EMPTY_TEXT
     with h5py.File(path, "w") as f:
         f.create_dataset("text", (1 << 20, 1 << 20), "<f2", chunks=(1, 1 << 20))
-    path.write_bytes(path.read_bytes() + module._seal(zlib.crc32(path.read_bytes())))
+    path.write_bytes(path.read_bytes() + seal_of(zlib.crc32(path.read_bytes())))
     with pytest.raises(DataError, match="two bytes a value expected"):
-        module.read_empty_text(tmp_path, {"text": 1 << 20}, "float16")
+        read_empty_text(tmp_path, {"text": 1 << 20}, "float16")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -212,32 +213,15 @@ def test_values_beyond_float16_are_refused_in_float16_and_kept_in_bfloat16(tmp_p
 
 def test_captions_from_others_are_made_printable_and_short() -> None:
     assert clean_caption("a\0b\nc\x1b[31m\u202e\ud800") == "a b c [31m ?"
-    assert len(clean_caption("x" * 10**6)) == module.MAX_CAPTION_CHARS
+    assert len(clean_caption("x" * 10**6)) == MAX_CAPTION_CHARS
     assert clean_caption("猫がボールで遊ぶ 🎾") == "猫がボールで遊ぶ 🎾"
-
-
-def test_parts_of_the_dead_and_of_the_silent_are_removed_and_those_of_the_living_are_not(tmp_path: Path) -> None:
-    import socket
-    import subprocess
-    import sys
-
-    host = socket.gethostname()
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    mine, gone = tmp_path / f".a.h5.{host}.{os.getpid()}.part", tmp_path / f".b.h5.{host}.{dead.pid}.part"
-    other, silent = tmp_path / f".c.h5.elsewhere.{dead.pid}.part", tmp_path / f".d.h5.elsewhere.{dead.pid}.part"
-    for path in (mine, gone, other, silent):
-        path.write_bytes(b"x")
-    os.utime(silent, (1, 1))
-    assert remove_stale_parts(tmp_path) == [gone.name, silent.name]
-    assert mine.exists() and other.exists()
 
 
 def test_a_full_disk_is_one_line_and_leaves_no_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     writer = ShardWriter(tmp_path, "shard-" + "0" * 16 + ".h5", "float16", C, {"text": D})
     writer.add(*samples(1)[0])
     with pytest.raises(DataError, match="No space left on device"):

@@ -17,6 +17,7 @@ from sorahpc.data.cache import build_index
 from sorahpc.data.captions import CAPTIONS, Row, caption_settings, write_captions
 from sorahpc.data.latents import LatentCache
 from sorahpc.data.manifest import MANIFEST, read_manifest
+from sorahpc.data.seal import crc32, seal_of
 from sorahpc.data.texts import TEXTS, join_texts
 from sorahpc.data.toyworld import write_world
 from sorahpc.errors import CheckpointError, DataError
@@ -137,8 +138,6 @@ def test_a_cache_made_with_or_without_clip_is_refused_by_name_the_other_way_roun
 def test_a_detailed_caption_without_its_embedding_is_no_shard_of_ours(world: Path, tmp_path: Path) -> None:
     import h5py
 
-    from sorahpc.data import shards
-
     config = configure(world, encode={"cache": str(tmp_path)})
     encode.run(config, Task(config.run_dir, "encode"))
     path = next(iter(sorted(tmp_path.glob("shard-*.h5"))))
@@ -146,6 +145,6 @@ def test_a_detailed_caption_without_its_embedding_is_no_shard_of_ours(world: Pat
         offsets = f["detailed_clip_text_offsets"][()]
         f["detailed_clip_text_offsets"][...] = np.minimum(offsets, offsets[1])
     data = path.read_bytes()  # HDF5 has cut the seal off
-    path.write_bytes(data + shards._seal(shards.crc32(data)))
+    path.write_bytes(data + seal_of(crc32(data)))
     with pytest.raises(DataError, match="`detailed_clip_text_offsets`: a caption without embedding, or the reverse"):
         build_index(tmp_path, [p.name for p in tmp_path.glob("shard-*.h5")])

@@ -39,7 +39,7 @@ def cache_stats(
     as_json: AsJson = False,
 ) -> int:
     """Counts, sizes, distributions, and whether normalised samples have mean 0 and std 1."""
-    from sorahpc.data.maintenance import stats
+    from sorahpc.data.contents import stats
 
     found = stats(path, read)
     spread = ("frames", "duration_s", "tokens", "text_len", "aspect")
@@ -63,7 +63,7 @@ def cache_stats(
 @app.command("ls")
 def cache_ls(path: CacheArg, as_json: AsJson = False) -> int:
     """A line a sample: key, latent shape, seconds, tokens, words' tokens, caption."""
-    from sorahpc.data.maintenance import list_samples
+    from sorahpc.data.contents import list_samples
     from sorahpc.data.manifest import shown
 
     rows = list_samples(path)
@@ -87,7 +87,7 @@ def cache_show(
 ) -> int:
     """Decode a sample back to an mp4 file, with the autoencoder that the cache was made with."""
     from sorahpc.configfile import load_config
-    from sorahpc.data.maintenance import show
+    from sorahpc.data.contents import show
     from sorahpc.data.manifest import shown
 
     if (vae is None) == (config is None):
@@ -112,7 +112,7 @@ def cache_merge(
     as_json: AsJson = False,
 ) -> int:
     """Join caches into a new one; shards are linked, or copied to another file system."""
-    from sorahpc.data.maintenance import merge
+    from sorahpc.data.merge import merge
 
     done = merge(out, caches)
     shared = f"; {done['shared']} were in two of the caches" if done["shared"] else ""

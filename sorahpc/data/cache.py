@@ -39,7 +39,8 @@ import torch
 from sorahpc.config import MAX_FPS, MIN_FPS
 from sorahpc.data.manifest import REJECTED, shown
 from sorahpc.data.parquet import read_table
-from sorahpc.data.shards import KEY, MAX_SIDE, VERSION, Shard, pieces_of, read_shard
+from sorahpc.data.samples import KEY, MAX_SIDE, pieces_of
+from sorahpc.data.shards import VERSION, Shard, read_shard
 from sorahpc.data.texts import DETAILED, TEXTS
 from sorahpc.errors import DataError
 from sorahpc.files import read_text

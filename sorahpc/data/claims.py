@@ -16,9 +16,7 @@ import contextlib
 import logging
 import os
 import re
-import stat
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,19 +24,20 @@ from typing import Any
 from sorahpc.data.cache import PlannedShard
 from sorahpc.data.journal import Journal, Record, cache_sha256, head_of, replay
 from sorahpc.data.manifest import shown
-from sorahpc.data.shards import Sample, ShardWriter
+from sorahpc.data.samples import Sample
+from sorahpc.data.shards import ShardWriter
 from sorahpc.errors import DataError
-from sorahpc.lease import HEARTBEAT_S, STALE_AFTER_S, Held, Lease, describe, is_fresh
+from sorahpc.lease import HEARTBEAT_S, Held, Lease, describe, is_fresh
 from sorahpc.runs import read_state
 
 log = logging.getLogger(__name__)
 
 WORK = ".work"
-LEFT_AFTER_S = 86400.0
+MIN_POLL_S, MAX_POLL_S = 0.5, 10.0  # between two looks at what others hold: all tasks look when the last ones work
 _JOURNAL = re.compile(r"(shard-[0-9a-f]{16})\.[0-9a-f]{32}\.journal")
 
 
-class _ShardLease(Lease):
+class ShardLease(Lease):
     """Unlike the lease of a run, it is lost by a holder that lives and doesn't beat: here that does no harm."""
 
     def blocked_by(self, holder: dict[str, Any]) -> bool:
@@ -153,7 +152,7 @@ class Claims:
             mine = {claim.shard.name for claim in self._mine}
             free = [shard for name, shard in self._missing.items() if name not in mine]
         for shard in free:
-            lease = _ShardLease(self._lease(shard), shard.name, self._launch, self._restart)
+            lease = ShardLease(self._lease(shard), shard.name, self._launch, self._restart)
             holder = read_state(lease.path)
             if holder is not None and lease.blocked_by(holder):
                 continue
@@ -172,7 +171,7 @@ class Claims:
         Raises:
             DataError: it can't be written.
         """
-        lease = _ShardLease(self._folder / WORK / f"{name}.lease", name, self._launch, self._restart)
+        lease = ShardLease(self._folder / WORK / f"{name}.lease", name, self._launch, self._restart)
         holder = read_state(lease.path)  # looked at often by many, who shall not all write each time
         mine = (holder is None or not lease.blocked_by(holder)) and self._acquire(lease)
         try:
@@ -310,30 +309,3 @@ def _names(folder: Path) -> list[str]:
         raise DataError(
             f"{shown(folder)}: can't look into the cache: {error.strerror or error}; see to it, and run again"
         ) from None
-
-
-def remove_leftovers(folder: Path) -> list[str]:
-    """Delete what killed tasks left in `.work` of shards that are there, but for those that somebody holds. To be
-    called when all shards of the plan are there: of others, planned no more, what is a day old goes too.
-
-    Returns:
-        the names of what was deleted.
-    """
-    there, removed = set(os.listdir(folder)), []
-    for name in sorted(os.listdir(folder / WORK)) if (folder / WORK).is_dir() else []:
-        path = folder / WORK / name
-        of = re.match(r"\.*((?:shard|index)-[0-9a-f]{16})\.", name)
-        if of is None:
-            continue
-        lease = _ShardLease(folder / WORK / f"{of[1]}.lease", "", "")
-        holder = read_state(lease.path)
-        with contextlib.suppress(FileNotFoundError):  # others do the same
-            # What begins with a dot is on its way to be a lease, of one who hasn't seen that the shard is there.
-            # What is of no shard that is there may be of another manifest, whose run will go on with it.
-            keep_s = LEFT_AFTER_S if f"{of[1]}.h5" not in there else STALE_AFTER_S if name.startswith(".") else 0.0
-            found = os.lstat(path)
-            young = keep_s > 0 and time.time() - found.st_mtime < keep_s
-            if stat.S_ISREG(found.st_mode) and not young and (holder is None or not lease.blocked_by(holder)):
-                path.unlink()
-                removed.append(name)
-    return removed

@@ -33,7 +33,8 @@ import numpy as np
 from sorahpc.config import MAX_FPS, MIN_FPS
 from sorahpc.data.cache import INFO
 from sorahpc.data.manifest import shown
-from sorahpc.data.shards import BITS, KEY, MAX_SIDE, Sample, crc32, pieces_of
+from sorahpc.data.samples import BITS, KEY, MAX_SIDE, Sample, pieces_of
+from sorahpc.data.seal import crc32
 from sorahpc.data.texts import DETAILED
 from sorahpc.errors import DataError
 from sorahpc.files import open_regular

@@ -6,25 +6,15 @@ out of the way of `encode`, which then makes it anew.
 
 from __future__ import annotations
 
-import errno
-import itertools
 import json
 import os
-import shutil
-import socket
 import uuid
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
-import torch
-from pydantic import ValidationError
-
-from sorahpc.config import VaeConfig
 from sorahpc.data.cache import (
     INDEX,
     INFO,
@@ -32,37 +22,24 @@ from sorahpc.data.cache import (
     Kinds,
     assemble,
     build_index,
-    check_info,
     check_kinds,
     load_index,
-    pin_info,
     read_index,
     read_info,
 )
 from sorahpc.data.claims import WORK
 from sorahpc.data.decode import may_pass
 from sorahpc.data.journal import Journal, cache_sha256, head_of
-from sorahpc.data.latents import LatentCache
+from sorahpc.data.leftovers import remove_stale_parts
 from sorahpc.data.manifest import REJECTED, shown
-from sorahpc.data.shards import (
-    EMPTY_TEXT,
-    Shard,
-    check_seal,
-    crc32,
-    pieces,
-    read_empty_text,
-    read_samples,
-    read_shard,
-    remove_stale_parts,
-)
-from sorahpc.data.texts import DETAILED
-from sorahpc.errors import ConfigError, DataError
+from sorahpc.data.samples import pieces
+from sorahpc.data.seal import check_seal, crc32
+from sorahpc.data.shards import EMPTY_TEXT, Shard, read_empty_text, read_samples, read_shard
+from sorahpc.errors import DataError
 from sorahpc.files import open_regular, read_text
-from sorahpc.models.lengths import Lengths
 from sorahpc.runs import atomic_write, fsync_dir, write_json
 
 SHARDS_AT_ONCE = 4  # each is read as a stream; a file system with latency wants several
-READ_AT_ONCE_BYTES = 64 << 20
 Result = TypeVar("Result")
 
 
@@ -385,227 +362,3 @@ def _to_journal(folder: Path, name: str, shard: Shard, dims: Mapping[str, int], 
     finally:
         journal.close()
     fsync_dir(path.parent)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# merge
-
-
-def merge(out: Path, sources: Sequence[Path]) -> dict[str, Any]:
-    """Join finished caches of the same cache.json into one. Shards are hard-linked, or copied to another file system.
-
-    A shard that two caches share (its name is a hash of its clips) is taken once. Killed, it goes on when run again.
-
-    Returns:
-        samples, shards: of the new cache; linked, copied, shared: numbers of shards.
-
-    Raises:
-        DataError: a field of cache.json differs; a cache isn't finished; a key is in two different shards; `out` is a
-            finished cache already; or the disk is full.
-    """
-    if len(sources) < 2:
-        raise ConfigError(f"cache merge: expected two caches or more, found {len(sources)}")
-    if (out / INDEX).exists():
-        raise DataError(f"{shown(out)}: holds a finished cache; expected a new folder")
-    infos = [read_info(source) for source in sources]
-    for (one, expected), (other, found) in itertools.combinations(zip(sources, infos, strict=True), 2):
-        check_info(other / INFO, found, expected)
-        check_info(one / INFO, expected, found)
-    caches = [LatentCache(source) for source in sources]
-    owner: dict[str, tuple[str, Path]] = {}
-    for source, cache in zip(sources, caches, strict=True):
-        for key, k in zip(cache.keys, cache.index.shard_of, strict=True):
-            shard = cache.index.shards[k]
-            first = owner.setdefault(key, (shard, source))
-            if first[0] != shard:
-                raise DataError(
-                    f"{shown(source / shard)}: sample {key} is also in {shown(first[1] / first[0])}, expected in one "
-                    "of the caches; take the clip out of one manifest and encode that one again"
-                )
-    count: Counter[str] = Counter()
-    names: dict[str, None] = {}
-    try:
-        pin_info(out, {k: v for k, v in infos[0].items() if k != "version"})
-        for source in sources:
-            for name in load_index(source)[1]["shards"]:
-                if name in names:
-                    count["shared"] += 1
-                else:
-                    count[_link_or_copy(source / name, out / name)] += 1
-                names[name] = None
-        _link_or_copy(sources[0] / EMPTY_TEXT, out / EMPTY_TEXT)
-        fsync_dir(out)
-        summary = build_index(out, list(names))
-    except OSError as error:
-        raise DataError(f"{shown(out)}: can't be written: {error.strerror or error}; see to it and run again") from None
-    assert summary is not None
-    return {"samples": summary.samples, "shards": len(names), **{k: count[k] for k in ("linked", "copied", "shared")}}
-
-
-def _link_or_copy(source: Path, target: Path) -> str:
-    if target.exists():
-        if not target.samefile(source):
-            check_seal(target)  # of an earlier run of this merge
-        return "linked" if target.samefile(source) else "copied"
-    try:
-        os.link(source, target)
-        return "linked"
-    except OSError as error:
-        # Another file system; one without hard links; a file of somebody else's, or that has links enough.
-        if error.errno not in (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS):
-            raise
-    aside = target.with_name(f".{target.name}.{socket.gethostname()}.{os.getpid()}.part")
-    try:
-        with open(source, "rb") as old, open(aside, "wb") as new:
-            shutil.copyfileobj(old, new, 1 << 20)
-            new.flush()
-            os.fsync(new.fileno())
-        check_seal(aside)
-        os.replace(aside, target)
-    finally:
-        aside.unlink(missing_ok=True)
-    return "copied"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# stats and ls
-
-
-def list_samples(folder: Path) -> list[dict[str, Any]]:
-    """A row a sample: key, shard, shape (C,T,H,W), frames (of the clip), duration_s, tokens, text_len, caption,
-    detailed, source.
-
-    `tokens` is of patches of `patch_t` latent frames (1 where cache.json has none) and `patch_hw`; `frames` and
-    `duration_s` are the clip's, as it was encoded.
-
-    Raises:
-        DataError: no finished cache here.
-    """
-    cache = LatentCache(folder)
-    (stride_t, *_), (ph, pw) = (_ints(folder, cache.info, name, n) for name, n in (("stride", 3), ("patch_hw", 2)))
-    pt = cache.info.get("patch_t") or 1
-    if type(pt) is not int or pt < 1:
-        raise DataError(f"{shown(folder / INFO)}: field `patch_t`: expected a size or null, found {pt!r}")
-    restart = cache.info.get("restart_frames")
-    if restart is not None and (type(restart) is not int or restart < 1 or (restart - 1) % stride_t):
-        raise DataError(
-            f"{shown(folder / INFO)}: field `restart_frames`: expected {stride_t}k+1 frames or null, found {restart!r}"
-        )
-    lengths = Lengths(stride_t, stride_t, restart)
-    rows = []
-    for i, key in enumerate(cache.keys):
-        c, t, h, w = (int(v) for v in cache.shapes[i])
-        frames = lengths.clip(t)
-        rows.append(
-            {
-                "key": key, "shard": cache.index.shards[cache.index.shard_of[i]], "shape": [c, t, h, w],
-                "frames": frames, "duration_s": frames / float(cache.fps[i]),
-                "tokens": (t // pt) * (h // ph) * (w // pw), "text_len": int(cache.text_lens[i]),
-                "caption": cache.captions[i], "detailed": cache.detailed[i], "source": cache.sources[i],
-            }
-        )  # fmt: skip
-    return rows
-
-
-def _ints(folder: Path, info: dict[str, Any], name: str, length: int) -> list[int]:
-    value = info.get(name)
-    if not (isinstance(value, list) and len(value) == length and all(type(v) is int and v >= 1 for v in value)):
-        raise DataError(f"{shown(folder / INFO)}: field `{name}`: expected {length} sizes, found {value!r}")
-    return value
-
-
-def stats(folder: Path, read: int) -> dict[str, Any]:
-    """How much there is, how it is distributed, what it takes on disk, and whether normalising makes it normal.
-
-    Args:
-        read: read this many samples, spread evenly over the cache, for their mean and std after normalising; all of
-            them if there are fewer. Of all samples they are 0 and 1 to rounding; of some, near that.
-
-    Returns:
-        samples, shards, bytes_on_disk (of shards), latent_bytes, text_bytes, disk_ratio (bytes on disk over latents
-        and unpadded text); of frames, duration_s, tokens, aspect and text_len: min, p10, median, mean, p90, max;
-        shapes: numbers by TxHxW; normalised: samples read, mean and std a channel.
-
-    Raises:
-        DataError: no finished cache here, or a sample that is read is damaged.
-    """
-    rows, cache = list_samples(folder), LatentCache(folder)
-    values = {name: [row[name] for row in rows] for name in ("frames", "duration_s", "tokens", "text_len")}
-    values["aspect"] = [row["shape"][3] / row["shape"][2] for row in rows]
-    latent = int(2 * cache.shapes.prod(axis=1).sum())
-    text = sum(
-        int(2 * at.length.sum() * cache.dims[name.removeprefix(DETAILED)]) for name, at in cache.index.texts.items()
-    )
-    disk = sum((folder / name).stat().st_size for name in cache.index.shards)
-    shapes = Counter("x".join(map(str, row["shape"][1:])) for row in rows)
-    return {
-        "samples": len(rows),
-        "shards": len(cache.index.shards),
-        "bytes_on_disk": disk,
-        "latent_bytes": latent,
-        "text_bytes": text,
-        "disk_ratio": disk / (latent + text),
-        **{name: _distribution(v) for name, v in values.items()},
-        "shapes": dict(shapes.most_common()),
-        "normalised": _normalised(cache, min(read, len(cache))),
-    }
-
-
-def _distribution(values: list[float]) -> dict[str, float]:
-    low, p10, median, p90, high = np.quantile(np.array(values, np.float64), [0, 0.1, 0.5, 0.9, 1]).tolist()
-    return {"min": low, "p10": p10, "median": median, "mean": float(np.mean(values)), "p90": p90, "max": high}
-
-
-def _normalised(cache: LatentCache, count: int) -> dict[str, Any]:
-    total, squares, values = (torch.zeros(cache.channels, dtype=torch.float64) for _ in range(3))
-    mean, std = cache.mean[:, None], cache.std[:, None]
-    todo = [i * len(cache) // count for i in range(count)]
-    while todo:
-        batch = [todo.pop()]
-        while todo and cache.nbytes([*batch, todo[-1]]) <= READ_AT_ONCE_BYTES:
-            batch.append(todo.pop())
-        for latent, _ in cache.read_bits(batch, torch.empty(cache.nbytes(batch), dtype=torch.uint8)):
-            x = ((latent.flatten(1).float() - mean) / std).double()
-            total, squares, values = total + x.sum(1), squares + x.square().sum(1), values + x.shape[1]
-    m = total / values
-    return {"samples": count, "mean": m.tolist(), "std": (squares / values - m**2).clamp(min=0).sqrt().tolist()}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# show
-
-
-def show(folder: Path, key: str, vae_path: Path, out: Path) -> dict[str, Any]:
-    """Decode a sample back to an mp4 file.
-
-    Args:
-        vae_path: folder of the autoencoder that the cache was made with; it decodes in the dtype that it encoded in,
-            and in the same tiles and chunks: a clip that is too large to be encoded whole is so to be decoded.
-
-    Returns:
-        The sample's row of `list_samples`, and path.
-
-    Raises:
-        DataError: no such sample, or another autoencoder. ConfigError: no autoencoder there.
-    """
-    from sorahpc.data.mp4 import write_mp4
-    from sorahpc.models.vae import load_vae
-
-    cache = LatentCache(folder)
-    if key not in cache.keys:
-        raise DataError(f"{shown(folder)}: no sample {shown(key)} among {len(cache)}; see `sorahpc cache ls`")
-    i = cache.keys.index(key)
-    latent, _ = cache.read(i)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    vae_dtype, tiling = cache.info.get("vae_dtype", "float32"), cache.info.get("tiling")
-    try:
-        how = VaeConfig.model_validate({"path": vae_path, "dtype": vae_dtype, "tiling": tiling})
-    except ValidationError as error:
-        raise DataError(
-            f"{shown(folder / INFO)}: fields `vae_dtype` and `tiling`: {vae_dtype!r} and {tiling!r} are not what "
-            f"`encode` writes ({error.error_count()} faults); see `sorahpc cache verify`"
-        ) from None
-    vae = load_vae(how.path, how.dtype, device, how.tiling)
-    check_info(folder / INFO, cache.info, {"vae": vae.identity})
-    write_mp4(out, vae.decode(latent), float(cache.fps[i]))
-    return {**list_samples(folder)[i], "path": str(out.absolute())}

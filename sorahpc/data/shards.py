@@ -21,162 +21,49 @@ import io
 import json
 import math
 import os
-import re
 import socket
-import stat
-import struct
-import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
 
 from sorahpc.config import MAX_FPS, MIN_FPS
+from sorahpc.data import hdf5
 from sorahpc.data.manifest import shown
-from sorahpc.data.texts import DETAILED, TEXTS, Texts
-from sorahpc.errors import DataError, SetupError
+from sorahpc.data.samples import (
+    BITS,
+    KEY,
+    MAX_CAPTION_CHARS,
+    MAX_SIDE,
+    Sample,
+    clean_caption,
+    from_bits,
+    pieces,
+    pieces_of,
+    rejection,
+    sums_of,
+    text_pieces,
+    to_bits,
+)
+from sorahpc.data.seal import SEAL, SEAL_BYTES, check_seal, crc32, seal_of
+from sorahpc.data.texts import DETAILED, Texts
+from sorahpc.errors import DataError
 from sorahpc.files import open_regular
-from sorahpc.ops._library import native
 from sorahpc.runs import atomic_write, fsync_dir
 
 VERSION = 2  # of the cache: of its shards, cache.json and index
 EMPTY_TEXT = "empty_text.h5"
-MAX_CAPTION_CHARS = 16_384
-STALE_PART_S = 3600.0
-_BLOCK_BYTES = 1 << 20
-MAX_SIDE = 1 << 20  # of a latent axis, so that products stay far inside int64
-_SEAL = re.compile(rb"sorahpc crc32 ([0-9a-f]{8})\r\n")  # \r\n: a transfer as text shows
-SEAL_BYTES = 24
 _MAX_SAMPLES = 1 << 20  # a shard; more is not ours
-KEY = re.compile(r"[0-9a-f]{16}")
 _STORED = {"float16": np.dtype("<f2"), "bfloat16": np.dtype("<u2")}
 _ONE = ("clip_pooled", DETAILED + "clip_pooled")  # of the whole caption: one row each
 
 
-def _h5py() -> Any:
-    try:
-        import h5py  # 0.2 s: not where only the index is read
-    except ImportError as error:
-        raise SetupError(f"cache: h5py can't be imported ({error}); pip install 'h5py>=3.14,<4'") from None
-    return h5py
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Values and captions as they are stored
-
-
-def clean_caption(text: str) -> str:
-    """A caption as it is stored and embedded: valid UTF-8, control characters as spaces, at most MAX_CAPTION_CHARS."""
-    text = text.encode("utf-8", "replace").decode("utf-8")
-    return "".join(c if c.isprintable() else " " for c in text[:MAX_CAPTION_CHARS]).strip()
-
-
-def _to_bits(x: torch.Tensor, dtype: str, what: str) -> np.ndarray:
-    """float32 -> '<f2', or bf16 as '<u2'. Raises DataError for what doesn't fit."""
-    if not bool(torch.isfinite(x).all()):
-        raise DataError(f"{what} has values that are not finite")
-    rounded = x.to(getattr(torch, dtype))
-    if not bool(torch.isfinite(rounded).all()):
-        raise DataError(
-            f"{what} reaches {x.abs().max().item():.6g}, beyond the range of encode.dtype={dtype}"
-            + ("; use encode.dtype=bfloat16" if dtype == "float16" else "")
-        )
-    rounded = rounded.contiguous()
-    if dtype == "float16":
-        return rounded.numpy().astype("<f2", copy=False)
-    return rounded.view(torch.int16).numpy().view(np.uint16).astype("<u2", copy=False)
-
-
-def _sums(z: np.ndarray, dtype: str) -> dict[str, Any]:
-    """sum, sumsq and count of a `Sample`: of the values as stored, since training sees those. In float64 they are good
-    to 1e-9 for any clip."""
-    stored = from_bits(z.tobytes(), dtype).reshape(z.shape).double().flatten(1)
-    return {"sum": stored.sum(1).numpy(), "sumsq": stored.square().sum(1).numpy(), "count": stored.shape[1]}
-
-
-def from_bits(data: bytes | bytearray, dtype: str) -> torch.Tensor:
-    """Little-endian bytes of fp16 or bf16 -> float32, flat."""
-    writable = data if isinstance(data, bytearray) else bytearray(data)
-    return torch.frombuffer(writable, dtype=getattr(torch, dtype)).float()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The seal
-
-
-def _seal(crc: int) -> bytes:
-    return b"sorahpc crc32 %08x\r\n" % crc
-
-
-def check_seal(path: Path) -> None:
-    """Read a whole file and hold it against its seal.
-
-    Raises:
-        DataError: it has none, or its bytes are not those that were written. OSError: it can't be read.
-    """
-    size = path.stat().st_size
-    crc, left = 0, size - SEAL_BYTES
-    with open_regular(path) as file:
-        block = memoryview(bytearray(min(_BLOCK_BYTES, max(left, 1))))
-        while left > 0:
-            got = file.readinto(block[: min(left, len(block))])
-            if not got:
-                break
-            crc, left = crc32(block[:got], crc), left - got
-        found = _SEAL.fullmatch(file.read(SEAL_BYTES + 1)) if left == 0 else None
-    if found is None:
-        raise DataError(f"{shown(path)}: no seal at its end: the file was cut, or damaged there")
-    if int(found[1], 16) != crc:
-        raise DataError(f"{shown(path)}: damaged: crc32 of the file {found[1].decode()} expected, found {crc:08x}")
-
-
-def crc32(data: Any, crc: int = 0) -> int:
-    """zlib's crc32 of bytes, going on from `crc`; ten times as fast where ``sorahpc._C`` is built."""
-    module = native()
-    return int(zlib.crc32(data, crc) if module is None else module.crc32(data, crc))
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Writing
-
-
-BITS = {"float16": "<f2", "bfloat16": "<u2"}  # how values are stored; bf16 as its bits
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A clip as a shard stores it, its big arrays perhaps not in memory.
-
-    Attributes:
-        key, caption, detailed, fps, source, decoder: as of `ShardWriter.pack`; captions clean, source as shown.
-        shape: of the latent, [C,T,H,W]; lengths: rows of each text that it has, by name.
-        crc: crc32 of the bytes of `latent` and of each text.
-        sum, sumsq: float64 [C], of the latent as stored; count: values a channel.
-        bits: by name, ``"latent"`` or a text's, the array: '<f2', or bf16 as '<u2'.
-    """
-
-    key: str
-    caption: str
-    detailed: str
-    fps: float
-    source: str
-    decoder: str
-    shape: tuple[int, ...]
-    lengths: dict[str, int]
-    crc: dict[str, int]
-    sum: np.ndarray
-    sumsq: np.ndarray
-    count: int
-    bits: Callable[[str], np.ndarray] = field(repr=False)
-
-
-def rejection(key: str, source: str, reason: str) -> dict[str, str]:
-    """What is kept of a clip that can't be encoded."""
-    return {"key": key, "source": shown(source), "reason": clean_caption(reason)}
 
 
 @dataclass
@@ -227,8 +114,8 @@ class ShardWriter:
             dim = self.dims[name.removeprefix(DETAILED)]
             assert text.ndim == 2 and len(text) >= 1 and text.shape[1] == dim, (name, text.shape, dim)
         what = f"{shown(source)}: sample {key}:"
-        z = _to_bits(latent.float(), self.dtype, f"{what} latent")
-        bits = {name: _to_bits(text.float(), self.dtype, f"{what} {name} embedding") for name, text in texts.items()}
+        z = to_bits(latent.float(), self.dtype, f"{what} latent")
+        bits = {name: to_bits(text.float(), self.dtype, f"{what} {name} embedding") for name, text in texts.items()}
         return Sample(
             key=key,
             caption=clean_caption(caption),
@@ -239,7 +126,7 @@ class ShardWriter:
             shape=tuple(z.shape),
             lengths={name: len(text) for name, text in bits.items()},
             crc={name: crc32(piece.reshape(-1).view(np.uint8)) for name, piece in {"latent": z, **bits}.items()},
-            **_sums(z, self.dtype),
+            **sums_of(z, self.dtype),
             bits={"latent": z, **bits}.__getitem__,
         )
 
@@ -265,7 +152,7 @@ class ShardWriter:
         try:
             with open(part, "wb") as file:
                 file.write(image.getbuffer())
-                file.write(_seal(crc32(image.getbuffer())))
+                file.write(seal_of(crc32(image.getbuffer())))
                 file.flush()
                 os.fsync(file.fileno())
             del image
@@ -283,7 +170,7 @@ class ShardWriter:
         return final
 
     def _write(self, image: io.BytesIO) -> None:
-        h5py = _h5py()
+        h5py = hdf5.h5py()
         shapes = sorted({s.shape for s in self.samples})
         text = h5py.string_dtype("utf-8")
         with h5py.File(image, "w", libver=("v110", "v110")) as f:
@@ -361,107 +248,23 @@ def write_empty_text(folder: Path, texts: Texts, dtype: str) -> None:
     if path.exists():
         return
     buffer = io.BytesIO()
-    with _h5py().File(buffer, "w", libver=("v110", "v110")) as f:
+    with hdf5.h5py().File(buffer, "w", libver=("v110", "v110")) as f:
         for name, text in texts.items():
-            bits = _to_bits(text.float(), dtype, f"{name} embedding of the empty caption:")
+            bits = to_bits(text.float(), dtype, f"{name} embedding of the empty caption:")
             f.create_dataset(name, data=bits).attrs["torch_dtype"] = dtype
     data = buffer.getvalue()
     try:
-        atomic_write(path, data + _seal(crc32(data)))
+        atomic_write(path, data + seal_of(crc32(data)))
     except OSError as error:
         raise DataError(f"{shown(path)}: can't be written: {error.strerror or error}; run again") from None
-
-
-def remove_stale_parts(folder: Path) -> list[str]:
-    """Delete `.part` files of writers that are gone: dead on this host, or silent for an hour. Returns their names."""
-    removed = []
-    for part in sorted(folder.glob(".*.part")):
-        host, _, pid = part.name.removesuffix(".part").rpartition(".")
-        try:
-            found = os.lstat(part)
-            stale = time.time() - found.st_mtime > STALE_PART_S
-            if not stale and host.endswith(f".{socket.gethostname()}") and pid.isascii() and pid.isdigit():
-                stale = not _alive(int(pid))
-            if stale and stat.S_ISREG(found.st_mode):
-                part.unlink()
-                removed.append(part.name)
-        except FileNotFoundError:  # its writer was quicker
-            continue
-    return removed
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading
 
 
-def pieces_of(dims: Mapping[str, int]) -> list[str]:
-    """Names of all texts that a sample may have in a cache whose texts have these dims."""
-    return [prefix + name for prefix in ("", DETAILED) for name in TEXTS if name in dims]
-
-
-def text_pieces(row: Mapping[str, Any]) -> list[tuple[str, int, int, int]]:
-    """(name, offset, length, crc32) of the texts that a sample has, by its row of the index; length in rows of dim."""
-    names = [prefix + name for prefix in ("", DETAILED) for name in TEXTS if row.get(f"{prefix}{name}_len")]
-    return [(name, row[f"{name}_offset"], row[f"{name}_len"], row[f"{name}_crc32"]) for name in names]
-
-
-def pieces(row: Mapping[str, Any], dims: Mapping[str, int]) -> list[tuple[str, int, int, int]]:
-    """(name, offset, number of bytes, crc32) of all that a sample has, its latent first, by its row of the index."""
-    nbytes = 2 * row["channels"] * row["frames"] * row["height"] * row["width"]
-    texts = [(name, at, 2 * n * dims[name.removeprefix(DETAILED)], crc) for name, at, n, crc in text_pieces(row)]
-    return [("latent", row["latent_offset"], nbytes, row["latent_crc32"]), *texts]
-
-
 # What a value of a dataset of texts is: bytes in an object of a heap, by their number, the heap's place in the file and
 # the object's index.
-_OBJECT = struct.Struct("<H6xQ")  # the head of an object: index, bytes
-_PLACE = np.dtype([("length", "<u4"), ("heap", "<u8"), ("index", "<u4")])
-
-
-def _heap_objects(file: IO[bytes], at: int, most: int) -> tuple[dict[int, bytes], int]:
-    """The objects of a global heap collection, by index, and its bytes (HDF5 File Format Specification, III.E).
-
-    Not by HDF5, which goes round for ever where a flipped bit makes an object's size wrong (2.0; inside a call that
-    nothing can end). Raises ValueError: it is no such collection, or has more than `most` bytes.
-    """
-    file.seek(at)
-    head = file.read(16)
-    size = int.from_bytes(head[8:], "little")
-    if head[:4] != b"GCOL" or not 16 <= size <= most:
-        raise ValueError(f"no heap of texts at byte {at}")
-    data = file.read(size - 16)
-    objects, place = {}, 0
-    while place + 16 <= len(data):
-        index, length = _OBJECT.unpack_from(data, place)
-        if index == 0:  # what is left is free
-            break
-        objects[index] = data[place + 16 : place + 16 + length]
-        if len(objects[index]) < length:
-            raise ValueError(f"a text of the heap at byte {at} ends after it")
-        place += 16 + (length + 7) // 8 * 8
-    return objects, size
-
-
-def _own_dataset(file: Any, name: str) -> Any:
-    """A dataset whose values lie in this file; None if there is none of that name. HDF5 can point into any other file,
-    by links, virtual datasets and external storage."""
-    h5py = _h5py()
-    found = file
-    for part in name.split("/"):
-        if not isinstance(found, h5py.Group) or not isinstance(found.get(part, getlink=True), h5py.HardLink):
-            return None
-        found = found[part]
-    return found if isinstance(found, h5py.Dataset) and not found.is_virtual and not found.external else None
 
 
 @dataclass(frozen=True)
@@ -482,7 +285,7 @@ def read_shard(path: Path, channels: int, dims: Mapping[str, int], dtype: str) -
     Raises:
         DataError: it can't be opened, or a value is out of its bounds.
     """
-    h5py = _h5py()
+    h5py = hdf5.h5py()
 
     def need(condition: Any, what: str) -> None:
         if not condition:
@@ -492,9 +295,9 @@ def read_shard(path: Path, channels: int, dims: Mapping[str, int], dtype: str) -
         with open_regular(path) as file:
             size = file.seek(0, os.SEEK_END) - SEAL_BYTES
             file.seek(max(size, 0))
-            need(size >= 0 and _SEAL.fullmatch(file.read()), "no seal at its end: the file was cut, or damaged there")
+            need(size >= 0 and SEAL.fullmatch(file.read()), "no seal at its end: the file was cut, or damaged there")
         with h5py.File(path, "r", locking=False) as f:
-            # No attribute or value that is a text is read through HDF5: see _heap_objects.
+            # No attribute or value that is a text is read through HDF5: see hdf5.heap_objects.
             mark = f.attrs.get_id("sorahpc_cache") if "sorahpc_cache" in f.attrs else None
             number = mark is not None and mark.dtype.kind == "i" and mark.shape == ()
             need(number and f.attrs["sorahpc_cache"] == VERSION, f"not a shard of cache version {VERSION}")
@@ -502,7 +305,7 @@ def read_shard(path: Path, channels: int, dims: Mapping[str, int], dtype: str) -
             need(f.id.get_create_plist().get_sizes() == (8, 8), "addresses of 8 bytes expected")
 
             def column(name: str, shape: tuple[int | None, ...], kind: str) -> np.ndarray:
-                data = _own_dataset(f, name)
+                data = hdf5.own_dataset(f, name)
                 need(data is not None, f"`{name}` is missing")
                 need(data.dtype == np.dtype(kind), f"`{name}`: dtype {kind} expected, found {data.dtype}")
                 fits = data.ndim == len(shape) and all(w in (None, n) for n, w in zip(data.shape, shape, strict=True))
@@ -513,7 +316,7 @@ def read_shard(path: Path, channels: int, dims: Mapping[str, int], dtype: str) -
                 return np.asarray(data[()])
 
             def strings(name: str, count: int | None) -> list[str]:
-                data = _own_dataset(f, name)
+                data = hdf5.own_dataset(f, name)
                 need(data is not None and h5py.check_string_dtype(data.dtype), f"`{name}`: no strings")
                 need(
                     data.ndim == 1 and data.size <= _MAX_SAMPLES and count in (None, data.size) and data.chunks is None,
@@ -523,14 +326,14 @@ def read_shard(path: Path, channels: int, dims: Mapping[str, int], dtype: str) -
                     return []
                 with open(path, "rb") as file:
                     file.seek(data.id.get_offset() or 0)
-                    places = np.frombuffer(file.read(_PLACE.itemsize * data.size), _PLACE)
+                    places = np.frombuffer(file.read(hdf5.PLACE.itemsize * data.size), hdf5.PLACE)
                     need(len(places) == data.size, f"`{name}`: ends after the file")
                     need(int(places["length"].sum(dtype=np.int64)) <= size, f"`{name}`: longer than the file")
                     heaps, left = dict[int, dict[int, bytes]](), size
                     found = []
                     for length, heap, index in places.tolist():
                         if length and heap not in heaps:
-                            heaps[heap], used = _heap_objects(file, heap, left)
+                            heaps[heap], used = hdf5.heap_objects(file, heap, left)
                             left -= used
                         value = heaps[heap].get(index, b"") if length else b""
                         need(len(value) >= length, f"`{name}`: a text has no bytes in the file")
@@ -571,7 +374,7 @@ def read_shard(path: Path, channels: int, dims: Mapping[str, int], dtype: str) -
                 need(name not in _ONE or (lengths[there] == 1).all(), f"`{name}_offsets`: one row a sample expected")
                 at = 0
                 if n:
-                    text = _own_dataset(f, name)
+                    text = hdf5.own_dataset(f, name)
                     fits = text is not None and text.shape == (int(bounds[-1]), dim)
                     need(fits, f"`{name}`: wrong shape")
                     plain = text.dtype == kind_of and text.chunks is None
@@ -585,7 +388,7 @@ def read_shard(path: Path, channels: int, dims: Mapping[str, int], dtype: str) -
                     place[f"{name}_len"], place[f"{name}_crc32"] = int(lengths[i]), int(sums[i])
             tables: dict[tuple[int, ...], dict[int, int]] = {}
             for shape in {tuple(int(v) for v in s) for s in shapes}:
-                data = _own_dataset(f, "latents/" + "x".join(map(str, shape)))
+                data = hdf5.own_dataset(f, "latents/" + "x".join(map(str, shape)))
                 need(data is not None and data.shape[1:] == shape, f"latents of {shape}: missing")
                 plain = data.chunks == (1, *shape) and data.id.get_create_plist().get_nfilters() == 0
                 fits = plain and data.dtype == kind_of
@@ -646,7 +449,7 @@ def read_samples(path: Path, shard: Shard, dims: Mapping[str, int], dtype: str) 
                 piece = (lengths[name], dims[name.removeprefix(DETAILED)]) if name in lengths else shape
                 bits[name] = np.frombuffer(data, BITS[dtype]).reshape(piece)
             told = {name: row[name] for name in ("key", "caption", "detailed", "fps", "source", "decoder")}
-            sums = _sums(bits["latent"], dtype)
+            sums = sums_of(bits["latent"], dtype)
             yield Sample(**told, shape=shape, lengths=lengths, crc=crc, **sums, bits=bits.__getitem__)
 
 
@@ -657,9 +460,9 @@ def read_empty_text(folder: Path, dims: Mapping[str, int], dtype: str) -> dict[s
     try:
         check_seal(path)
         size = path.stat().st_size
-        with _h5py().File(path, "r", locking=False) as f:
+        with hdf5.h5py().File(path, "r", locking=False) as f:
             for name, dim in dims.items():
-                data = _own_dataset(f, name)
+                data = hdf5.own_dataset(f, name)
                 fits = data is not None and data.ndim == 2 and data.shape[1] == dim and 1 <= data.shape[0]
                 if not fits or data.dtype != _STORED[dtype] or 2 * data.size > size:
                     found = "none" if data is None else f"{data.shape} {data.dtype}"

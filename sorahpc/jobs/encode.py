@@ -16,16 +16,13 @@ of tasks, nor on how often they were killed.
 from __future__ import annotations
 
 import functools
-import hashlib
 import logging
-import os
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,11 +31,8 @@ import torch
 from sorahpc.config import ClipConfig, Config, config_hash
 from sorahpc.data import dali
 from sorahpc.data.cache import (
-    INDEX,
     INFO,
     PlannedShard,
-    Summary,
-    build_index,
     check_info,
     pin_info,
     plan_shards,
@@ -46,26 +40,20 @@ from sorahpc.data.cache import (
     read_info,
 )
 from sorahpc.data.captions import with_captions
-from sorahpc.data.claims import WORK, Claim, Claims, remove_leftovers
+from sorahpc.data.claims import MAX_POLL_S, MIN_POLL_S, WORK, Claim, Claims
 from sorahpc.data.decode import VideoError, decode_by, may_pass, plan_clip
+from sorahpc.data.indexing import PlanIndex
 from sorahpc.data.journal import Record
 from sorahpc.data.keys import check_unchanged
+from sorahpc.data.leftovers import remove_leftovers, remove_stale_parts
 from sorahpc.data.manifest import MANIFEST, Rows, Video, open_manifest, shown
-from sorahpc.data.shards import (
-    EMPTY_TEXT,
-    Sample,
-    ShardWriter,
-    clean_caption,
-    rejection,
-    remove_stale_parts,
-    write_empty_text,
-)
+from sorahpc.data.samples import Sample, clean_caption, rejection
+from sorahpc.data.shards import EMPTY_TEXT, ShardWriter, write_empty_text
 from sorahpc.data.texts import DETAILED, Texts
 from sorahpc.errors import DataError, SetupError, Stopped
-from sorahpc.files import open_regular
 from sorahpc.models.text import TextEncoders, load_texts
 from sorahpc.models.vae import Vae, load_vae
-from sorahpc.runs import Task, read_json, write_json
+from sorahpc.runs import Task
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +61,6 @@ PREPROCESS = 2  # version of plan_clip and decode: raise it when they give other
 MAX_SHOWN = 5
 AHEAD = 2  # at least so many clips are ready, or being made so, while the VAE is at work on another
 RETRY_AFTER_S = 5.0
-MIN_POLL_S, MAX_POLL_S = 0.5, 10.0  # between two looks at what others hold: all tasks look when the last ones work
 PATIENCE_S = 1800.0  # with tasks that hold the last shards and encode no clip
 MAX_NATIVE_MEAN, MAX_NATIVE_STD = 3.0, 5.0
 
@@ -164,7 +151,7 @@ def run(config: Config, task: Task) -> None:
         f"{task.launch}:{task.rank}",
         task.restart,
     )
-    index = _Index(task, folder, plan)
+    index = PlanIndex(task, folder, plan)
     most_ahead = max(AHEAD, config.encode.resources.cpus_per_task)
     with claims:
         _Line(task, claims, index, every, vae, config.clip.fps, twice, most_ahead).run()
@@ -196,7 +183,7 @@ class _Line:
         self,
         task: Task,
         claims: Claims,
-        index: _Index,
+        index: PlanIndex,
         every: Rows,
         vae: Vae,
         fps: float,
@@ -391,92 +378,6 @@ def _encode(video: Video, ready: Future[_Ready], fps: float, vae: Vae, writer: S
         reason = error.reason if isinstance(error, VideoError) else str(error)
         log.warning("rejected %s: %s%s", shown(video.path), reason, " (tried twice)" if may_pass(reason) else "")
         return rejection(video.key, video.path, reason)
-
-
-class _Index:
-    """The index of the plan's shards, which one task of a launch builds, as it reads them all.
-
-    jobs/encode/index.json says which index.parquet the tasks of which launch have built, or why they can't. Another
-    launch builds it anew: it can't know what became of the shards since.
-    """
-
-    def __init__(self, task: Task, folder: Path, plan: list[PlannedShard]) -> None:
-        self.task, self.folder, self.shards = task, folder, [shard.name for shard in plan]
-        digest = hashlib.sha256("\n".join(self.shards).encode()).hexdigest()
-        self.name = f"index-{digest[:16]}"
-        self.told = task.folder.path / "index.json"
-
-    def forget(self) -> None:
-        """To be called before a shard is put where none was."""
-        self.told.unlink(missing_ok=True)
-
-    def finish(self, claims: Claims) -> bool:
-        """Build it, or wait for another task that does. Returns whether it was this one.
-
-        Raises:
-            DataError: it can't be built, by any task, or no clip at all could be encoded. Stopped: on request.
-        """
-        pause_s = MIN_POLL_S
-        while not self._is_built():
-            with claims.alone(self.name) as mine:
-                if mine and not self._is_built():
-                    self._build()
-                    return True
-            if not mine:
-                if pause_s == MIN_POLL_S:
-                    log.info("waiting for another task that builds the index")
-                if self.task.stop_requested():
-                    raise Stopped("encode: all shards are there; stopped while another task builds the index")
-                time.sleep(pause_s)
-                pause_s = min(1.5 * pause_s, MAX_POLL_S)
-        log.info("cache complete: another task has built the index")
-        return False
-
-    def _is_built(self) -> bool:
-        told = read_json(self.told) or {}
-        if (told.get("launch"), told.get("plan")) != (self.task.launch, self.name):
-            return False
-        if "fault" in told:
-            raise DataError(str(told["fault"]))
-        return bool(told.get("index") == self._stamp())
-
-    def _stamp(self) -> list[int] | None:
-        try:
-            with open_regular(self.folder / INDEX) as file:  # opened: of a name NFS may say what was so a minute ago
-                found = os.fstat(file.fileno())
-        except OSError:
-            return None
-        return [found.st_size, found.st_mtime_ns]
-
-    def _build(self) -> None:
-        told: dict[str, Any] = {"launch": self.task.launch, "plan": self.name}
-        try:
-            summary = build_index(self.folder, self.shards)
-            self._check(summary)
-        except DataError as error:
-            write_json(self.told, {**told, "fault": str(error)})  # or each of them would read all shards to find it
-            raise
-        write_json(self.told, {**told, "index": self._stamp()})
-
-    def _check(self, summary: Summary | None) -> None:
-        folder = shown(self.folder)
-        if summary is None:
-            raise DataError(f"{folder}: a shard that was there is gone; run encode again, which makes it")
-        if not summary.samples:
-            reasons = "; ".join(f"{r['source']}: {r['reason']}" for r in summary.rejected[:MAX_SHOWN])
-            raise DataError(f"{folder}: none of {len(summary.rejected)} clips could be encoded: {reasons}")
-        log.info(
-            "cache complete: %d samples, %d clips rejected (rejected.json)", summary.samples, len(summary.rejected)
-        )
-        if again := sum(may_pass(clip["reason"]) for clip in summary.rejected):
-            log.info(
-                "%d of them for want of time or memory, or by the file system: `sorahpc cache retry %s`, then encode, "
-                "has these tried again",
-                again,
-                folder,
-            )
-        if summary.superseded:
-            log.info("%d shards in %s are not of this manifest; left alone, no longer read", summary.superseded, folder)
 
 
 def _compare(vae: Vae, mean: torch.Tensor, std: torch.Tensor) -> None:

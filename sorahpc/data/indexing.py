@@ -1,0 +1,108 @@
+"""The index of a plan's shards, which one of many tasks builds while the others wait for it."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from sorahpc.data.cache import INDEX, PlannedShard, Summary, build_index
+from sorahpc.data.claims import MAX_POLL_S, MIN_POLL_S, Claims
+from sorahpc.data.decode import may_pass
+from sorahpc.data.manifest import shown
+from sorahpc.errors import DataError, Stopped
+from sorahpc.files import open_regular
+from sorahpc.runs import Task, read_json, write_json
+
+log = logging.getLogger(__name__)
+
+MAX_SHOWN = 5
+
+
+class PlanIndex:
+    """The index of the plan's shards, which one task of a launch builds, as it reads them all.
+
+    jobs/encode/index.json says which index.parquet the tasks of which launch have built, or why they can't. Another
+    launch builds it anew: it can't know what became of the shards since.
+    """
+
+    def __init__(self, task: Task, folder: Path, plan: list[PlannedShard]) -> None:
+        self.task, self.folder, self.shards = task, folder, [shard.name for shard in plan]
+        digest = hashlib.sha256("\n".join(self.shards).encode()).hexdigest()
+        self.name = f"index-{digest[:16]}"
+        self.told = task.folder.path / "index.json"
+
+    def forget(self) -> None:
+        """To be called before a shard is put where none was."""
+        self.told.unlink(missing_ok=True)
+
+    def finish(self, claims: Claims) -> bool:
+        """Build it, or wait for another task that does. Returns whether it was this one.
+
+        Raises:
+            DataError: it can't be built, by any task, or no clip at all could be encoded. Stopped: on request.
+        """
+        pause_s = MIN_POLL_S
+        while not self._is_built():
+            with claims.alone(self.name) as mine:
+                if mine and not self._is_built():
+                    self._build()
+                    return True
+            if not mine:
+                if pause_s == MIN_POLL_S:
+                    log.info("waiting for another task that builds the index")
+                if self.task.stop_requested():
+                    raise Stopped("encode: all shards are there; stopped while another task builds the index")
+                time.sleep(pause_s)
+                pause_s = min(1.5 * pause_s, MAX_POLL_S)
+        log.info("cache complete: another task has built the index")
+        return False
+
+    def _is_built(self) -> bool:
+        told = read_json(self.told) or {}
+        if (told.get("launch"), told.get("plan")) != (self.task.launch, self.name):
+            return False
+        if "fault" in told:
+            raise DataError(str(told["fault"]))
+        return bool(told.get("index") == self._stamp())
+
+    def _stamp(self) -> list[int] | None:
+        try:
+            with open_regular(self.folder / INDEX) as file:  # opened: of a name NFS may say what was so a minute ago
+                found = os.fstat(file.fileno())
+        except OSError:
+            return None
+        return [found.st_size, found.st_mtime_ns]
+
+    def _build(self) -> None:
+        told: dict[str, Any] = {"launch": self.task.launch, "plan": self.name}
+        try:
+            summary = build_index(self.folder, self.shards)
+            self._check(summary)
+        except DataError as error:
+            write_json(self.told, {**told, "fault": str(error)})  # or each of them would read all shards to find it
+            raise
+        write_json(self.told, {**told, "index": self._stamp()})
+
+    def _check(self, summary: Summary | None) -> None:
+        folder = shown(self.folder)
+        if summary is None:
+            raise DataError(f"{folder}: a shard that was there is gone; run encode again, which makes it")
+        if not summary.samples:
+            reasons = "; ".join(f"{r['source']}: {r['reason']}" for r in summary.rejected[:MAX_SHOWN])
+            raise DataError(f"{folder}: none of {len(summary.rejected)} clips could be encoded: {reasons}")
+        log.info(
+            "cache complete: %d samples, %d clips rejected (rejected.json)", summary.samples, len(summary.rejected)
+        )
+        if again := sum(may_pass(clip["reason"]) for clip in summary.rejected):
+            log.info(
+                "%d of them for want of time or memory, or by the file system: `sorahpc cache retry %s`, then encode, "
+                "has these tried again",
+                again,
+                folder,
+            )
+        if summary.superseded:
+            log.info("%d shards in %s are not of this manifest; left alone, no longer read", summary.superseded, folder)
