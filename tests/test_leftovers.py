@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
-from sorahpc.data.leftovers import remove_stale_parts
+import pytest
+from caches import write
+
+from sorahpc.cli import main
+from sorahpc.data.claims import WORK, ShardLease
+from sorahpc.data.leftovers import LEFT_AFTER_S, remove_leftovers, remove_stale_parts
 
 
 def test_parts_of_the_dead_and_of_the_silent_are_removed_and_those_of_the_living_are_not(tmp_path: Path) -> None:
@@ -22,3 +29,53 @@ def test_parts_of_the_dead_and_of_the_silent_are_removed_and_those_of_the_living
     os.utime(silent, (1, 1))
     assert remove_stale_parts(tmp_path) == [gone.name, silent.name]
     assert mine.exists() and other.exists()
+
+
+@pytest.fixture
+def left(tmp_path: Path) -> Path:
+    """A finished cache, and in its `.work` what a dead task, and one at work, have there; a day and more ago or not."""
+    write(tmp_path)
+    work = tmp_path / WORK
+    work.mkdir()
+    there, held, _ = (path.stem for path in sorted(tmp_path.glob("shard-*.h5")))
+    absent, dead = "shard-" + "a" * 16, "index-" + "b" * 16
+    young = [f"{there}.{'1' * 32}.journal", f"{there}.lease", f".{there}.lease.2.stale", f"{held}.{'3' * 32}.journal"]
+    old = [f"{absent}.{'4' * 32}.journal", f"{absent}.lease", f".{absent}.lease.5", f"{dead}.lease", "notes"]
+    for name in [*young, *old]:
+        (work / name).write_bytes(bytes(100))
+        if name in old:
+            os.utime(work / name, (time.time() - LEFT_AFTER_S - 1,) * 2)
+    ShardLease(work / f"{held}.lease", held, "other").acquire()
+    return tmp_path
+
+
+def test_verify_counts_what_lies_in_the_work_folder_and_repair_removes_what_nobody_needs(
+    left: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = set(os.listdir(left / WORK))
+    nbytes = sum(path.stat().st_size for path in (left / WORK).iterdir())
+    assert main(["cache", "verify", str(left)]) == 0
+    said = capsys.readouterr().out
+    assert f"{left}/.work: 3 journals, 4 leases, 3 others, 0.000 GB; 5 of them, 0.000 GB, are needed no more" in said
+    assert main(["cache", "verify", str(left), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["work"]
+    assert found["nbytes"] == nbytes and found["left_bytes"] == 500
+    assert main(["cache", "repair", str(left)]) == 0
+    said = capsys.readouterr().out
+    assert before - set(os.listdir(left / WORK)) == set(found["left"])
+    assert all(f"{left}/.work/{name}: removed" in said for name in found["left"])
+    kept = set(os.listdir(left / WORK))
+    held = {name for name in kept if name.endswith(".lease") and not name.startswith(".")}
+    assert len(held) == 1 and {name.split(".")[0] for name in kept} == {
+        held.pop().removesuffix(".lease"), "shard-" + "a" * 16, "notes", ""
+    }  # fmt: skip
+    assert main(["cache", "verify", str(left)]) == 0
+    assert "2 journals, 1 leases, 2 others, 0.000 GB\n" in capsys.readouterr().out
+
+
+def test_journals_of_shards_that_are_not_there_go_a_day_later_where_all_that_are_planned_are(left: Path) -> None:
+    (journal,) = (left / WORK).glob("shard-aaaa*.journal")
+    remove_leftovers(left)
+    assert journal.exists()
+    assert remove_leftovers(left, complete=True) == [journal.name]
+    assert remove_leftovers(left, complete=True) == []

@@ -24,6 +24,10 @@ def cache_verify(path: CacheArg, as_json: AsJson = False) -> int:
     found = verify(path)
     lines = [f"{path}/{fault}" for fault in found.faults]
     lines += [f"{path}: {len(found.unlisted)} shards are not of the index; no longer read"] if found.unlisted else []
+    if (work := found.work).nbytes:
+        told = f"{work.journals} journals, {work.leases} leases, {work.others} others, {work.nbytes / 1e9:.3f} GB"
+        no_more = f"; {len(work.left)} of them, {work.left_bytes / 1e9:.3f} GB, are needed no more: repair removes them"
+        lines.append(f"{path}/.work: {told}{no_more if work.left else ''}")
     whole = f"{found.samples} samples in {found.shards} shards, {found.nbytes / 1e9:.3f} GB"
     lines.append(f"{path}: {f'{len(found.faults)} faults in ' if found.faults else 'whole: '}{whole}")
     if found.faults:
@@ -123,7 +127,7 @@ def cache_merge(
 
 @app.command("repair")
 def cache_repair(path: CacheArg, as_json: AsJson = False) -> int:
-    """Set damaged shards aside, and build the index from what is whole. Nothing is deleted but dead writers' parts."""
+    """Set damaged shards aside, and build the index from what is whole. Only what dead tasks left is deleted."""
     from sorahpc.data.maintenance import repair
 
     done = repair(path)

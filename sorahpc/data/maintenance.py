@@ -30,7 +30,7 @@ from sorahpc.data.cache import (
 from sorahpc.data.claims import WORK
 from sorahpc.data.decode import may_pass
 from sorahpc.data.journal import Journal, cache_sha256, head_of
-from sorahpc.data.leftovers import remove_stale_parts
+from sorahpc.data.leftovers import Work, look_at_work, remove_leftovers, remove_stale_parts
 from sorahpc.data.manifest import REJECTED, shown
 from sorahpc.data.samples import pieces
 from sorahpc.data.seal import check_seal, crc32
@@ -67,6 +67,7 @@ class Report:
     nbytes: int
     unlisted: list[str]  # shards that the index leaves out: no fault
     parts: list[str]  # of writers, at work or killed: no fault
+    work: Work  # of tasks, at work or killed: no fault
     faults: list[Fault]
 
     def to_json(self) -> dict[str, Any]:
@@ -133,6 +134,7 @@ def verify(folder: Path) -> Report:
         nbytes=sum(sizes),
         unlisted=sorted(set(there) - set(names)),
         parts=[name for name in listed if name.endswith((".part", ".tmp"))],
+        work=look_at_work(folder),
         faults=faults,
     )
 
@@ -230,8 +232,8 @@ def repair(folder: Path) -> dict[str, Any]:
 
     Returns:
         before: the report of `verify`; set_aside: {old name: new name}; missing: shards that the index wanted, and the
-        empty caption's text; restored: whether cache.json was; removed: `.part` files; samples: in the new index, None
-        if no shard is whole.
+        empty caption's text; restored: whether cache.json was; removed: what killed tasks left; samples: in the new
+        index, None if no shard is whole.
 
     Raises:
         DataError: as `verify`; a file that the system would not read, which may be whole; cache.json is lost or damaged
@@ -253,7 +255,6 @@ def repair(folder: Path) -> dict[str, Any]:
         if (folder / INFO).exists():
             _rename_aside(folder, INFO)
         atomic_write(folder / INFO, meta["info"])
-    removed = remove_stale_parts(folder)
     names = [name for name in os.listdir(folder) if SHARD.fullmatch(name)] if meta is None else list(meta["shards"])
     names = sorted(names) if meta is None else names
     there = [name for name in names if (folder / name).exists()]
@@ -264,13 +265,15 @@ def repair(folder: Path) -> dict[str, Any]:
     summary = build_index(folder, whole) if whole else None
     if summary is not None:
         write_json(folder / REJECTED, summary.rejected)
+    removed = remove_stale_parts(folder)
+    work = remove_leftovers(folder)
     return {
         "before": before.to_json(),
         "set_aside": aside,
         "missing": [name for name in names if name not in there]
         + ([EMPTY_TEXT] if EMPTY_TEXT in bad and EMPTY_TEXT not in aside else []),
         "restored": restored,
-        "removed": removed,
+        "removed": removed + [f"{WORK}/{name}" for name in work],
         "samples": None if summary is None else summary.samples,
     }
 

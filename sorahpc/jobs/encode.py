@@ -156,7 +156,7 @@ def run(config: Config, task: Task) -> None:
     with claims:
         _Line(task, claims, index, every, vae, config.clip.fps, twice, most_ahead).run()
         if index.finish(claims):
-            for name in remove_leftovers(folder):
+            for name in remove_leftovers(folder, complete=True):
                 log.info("removed %s, which a killed task left", shown(folder / WORK / name))
             found = read_index(folder, vae.channels, texts.dims)
             _compare(vae, found.mean, found.std)
