@@ -176,7 +176,7 @@ class _Canary:
         (lambda f: _edit(f, _class_name=["x"]), "_class_name"),
         (lambda f: _edit(f, latent_channels=7), "doesn't load as|keys between"),
         (lambda f: _edit(f, num_layers="many"), "doesn't load as"),
-        (lambda f: _edit(f, latents_mean=["a"] * 4, latents_std=[1.0] * 4), "not that of AutoencoderKLCosmos"),
+        (lambda f: _edit(f, latents_mean=["a"] * 4, latents_std=[1.0] * 4), "Cosmos can.t have"),
         (lambda f: _edit(f, latents_mean=[0.0] * 4, latents_std=[0.0] * 4), "above 0, expected"),
         (lambda f: (f / f"{WEIGHTS}.index.json").write_text("{}"), "one of them expected"),
         (_drop_a_tensor, "missing keys between config.json and weights: 1"),
@@ -203,7 +203,18 @@ def test_a_scaling_factor_that_is_none_is_one_line(tmp_path: Path, factor: objec
     built = build_vae(*ZOO["HunyuanVideo"][:2])
     save_vae(built, built.module.state_dict(), tmp_path, torch.float32)
     _edit(tmp_path, scaling_factor=factor)
-    with pytest.raises(ConfigError, match=r"^vae.path: .*config.json: not that of AutoencoderKLHunyuanVideo: [^\n]*$"):
+    for where in ("vae.path", "train_vae.init"):
+        with pytest.raises(
+            ConfigError, match=rf"^{where}: {tmp_path}: values that AutoencoderKLHunyuanVideo can't have: [^\n]*$"
+        ):
+            load_vae(tmp_path, where=where)
+
+
+def test_a_scale_among_the_weights_that_is_none_is_one_line(tmp_path: Path) -> None:
+    built = build_vae(*ZOO["Open-Sora"][:2])
+    state = built.module.state_dict()
+    save_vae(built, {**state, "scale": torch.zeros_like(state["scale"])}, tmp_path, torch.float32)
+    with pytest.raises(ConfigError, match=rf"^vae.path: {tmp_path}: values that OpenSoraVae can't have: [^\n]*above 0"):
         load_vae(tmp_path)
 
 

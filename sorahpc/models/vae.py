@@ -304,7 +304,7 @@ def load_vae(
         return Vae(module, sha256, torch_dtype, torch.device(device), tiling)
     except (ValueError, TypeError, KeyError, ArithmeticError) as error:  # values that the class doesn't look at
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ConfigError(f"vae.path: {folder}/config.json: not that of {cls.__name__}: {first[:300]}") from error
+        raise ConfigError(f"{where}: {path}: values that {name} can't have: {first[:300]}") from error
 
 
 def read_rule(path: str | Path, where: str = "vae.path") -> tuple[tuple[int, int, int], Lengths]:
