@@ -12,7 +12,7 @@ from vae_trainings import spec_of
 from sorahpc.data.batches import Batches
 from sorahpc.data.clips import ClipCache, moving_pixels
 from sorahpc.data.toyworld import render, scene_of
-from sorahpc.errors import DataError
+from sorahpc.errors import ConfigError, DataError
 from sorahpc.models.vae import build_vae
 
 
@@ -39,6 +39,12 @@ def test_a_batch_depends_on_seed_and_step_only_not_on_ranks_nor_on_memory() -> N
         asked = sum(share.clips.decoded for share in shares)
         assert asked <= 24  # each rank its own clips only, each once: those ahead are held
     assert np.array_equal(batches(frames, 0, 0, 1).next(4), expected[4])  # as after a resume
+
+
+def test_a_crop_under_the_stride_is_refused_and_not_taken_for_none() -> None:
+    vae, spec = build_vae("AutoencoderKLCosmos", COSMOS), spec_of(crop_px=7)
+    with pytest.raises(ConfigError, match=r"^train_vae.crop_px: 8 or more expected, the stride of .*Cosmos, found 7$"):
+        Batches(ClipCache(lambda i: np.zeros((9, 64, 64, 3), np.uint8), 0, 1), {0: (9, 64, 64)}, vae, spec)
 
 
 def test_a_clip_that_can_not_be_decoded_is_left_out_by_every_rank_alike(caplog: pytest.LogCaptureFixture) -> None:

@@ -46,9 +46,16 @@ class TrainVaeConfig(Section):
     )
     steps: int = Field(ge=1, description="optimizer steps")
     batch_clips: int = Field(4, ge=1, description="clips a step, all of one size; every number of ranks divides it")
-    window_frames: int | None = Field(None, ge=1, description="train on windows of this many frames; None: whole clips")
+    window_frames: int | None = Field(
+        None,
+        ge=1,
+        description="train on windows of this many frames, rounded down to what the class takes; None: whole clips",
+    )
     crop_px: int | None = Field(
-        None, ge=1, description="and on crops of this side; not for classes that pool over frames (AutoencoderKLCosmos)"
+        None,
+        ge=1,
+        description="and on crops of this side, rounded down to its stride; not for classes that pool over frames "
+        "(AutoencoderKLCosmos)",
     )
     lr: float = Field(
         0.03,

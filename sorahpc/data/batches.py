@@ -15,7 +15,7 @@ import numpy as np
 
 from sorahpc.config import TrainVaeConfig
 from sorahpc.data.clips import Clip, ClipCache
-from sorahpc.errors import DataError
+from sorahpc.errors import ConfigError, DataError
 from sorahpc.models.vae import Vae
 
 log = logging.getLogger(__name__)
@@ -46,7 +46,14 @@ class Batches:
         """
         Args:
             shapes: (T,H,W) of the clips to train on, by their number in `clips`: as the class takes them.
+
+        Raises:
+            ConfigError: a crop that is too small for the class.
         """
+        if spec.crop_px is not None and spec.crop_px < vae.stride[1]:
+            raise ConfigError(
+                f"train_vae.crop_px: {vae.stride[1]} or more expected, the stride of {vae.id}, found {spec.crop_px}"
+            )
         self.clips, self.spec = clips, spec
         share = spec.batch_clips // world_size
         self.mine = range(rank * share, (rank + 1) * share)
