@@ -286,7 +286,7 @@ def test_a_bad_answer_is_asked_again_with_another_seed_and_then_the_original_sta
         assert [a.temperature for a in item.attempts] == [0.0, 0.7, 0.7][: len(item.attempts)]
         assert len({a.seed for a in item.attempts}) == len(item.attempts)
     assert max(len(item.attempts) for item in items(config)) == 3
-    assert any([a.rejected.split(":")[0] for a in i.attempts] == ["length", ""] for i in items(config))
+    assert any([a.rejected.split(":")[0] for a in i.attempts] == ["markup", ""] for i in items(config))
 
 
 def test_one_answer_for_clips_that_differ_is_taken_for_the_first_only(world: Path) -> None:

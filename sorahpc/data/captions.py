@@ -9,7 +9,8 @@ name: it is whole, never changes, and of two writers the first wins. An inode a 
 clip in work when a task is killed.
 
 Answers are plain text. JSON was left out: a small model spoils the syntax, not the caption, more often than the other
-way round, and what plain text brings instead (a preamble, a list, a refusal) can be seen and is rejected below.
+way round, and what plain text brings instead (a preamble, a list, a refusal) can be seen and is rejected below. So is
+an answer in JSON, or its braces and keys would be in the caption.
 """
 
 from __future__ import annotations
@@ -83,16 +84,25 @@ _CHATTER = re.compile(
     r"|i(?:'\w+)?\s|we(?:'\w+)? (?:can|could|see|have|are (?:shown|given|looking))\b)",
     re.IGNORECASE,
 )
-_LABEL = re.compile(r"(?:(?:detailed|expanded|improved|new|full|video) )*(?:caption|description|prompt)\s*:\s*", re.I)
+_POSTSCRIPT = re.compile(
+    r"\n\s*[(\[]?(?:notes?\s*:|p\.?s\.?\s*:|(?:please )?(?:let me know|feel free)\b|i (?:hope|have|kept|avoided)\b"
+    r"|(?:word count|short caption|short prompt)\s*:)|\((?:word count|\d+ words\b)",
+    re.IGNORECASE,
+)
+_LABEL = re.compile(
+    r"(?:(?:detailed|expanded|improved|new|full|video|final) )*"
+    r"(?:caption|description|prompt|answer|response|output|assistant)\s*:\s*",
+    re.IGNORECASE,
+)
 _THINKING = re.compile(r"\s*<think(?:ing)?>.*?</think(?:ing)?>\s*", re.DOTALL | re.IGNORECASE)
 _MARKUP = re.compile(
-    r"```|\*\*|^\s{0,3}(?:#{1,6}|[-*•]|\d{1,2}[.)])\s|<\|[^|<>]{1,40}\|>|</?[a-z][a-z0-9_-]{0,20}/?>",
+    r"\A(?:[\[{]|\|(?=.*\|))|```|\*\*|^\s{0,3}(?:#{1,6}|[-*•]|\d{1,2}[.)])\s|<\|[^|<>]{1,40}\|>|</?[a-z][a-z0-9_-]{0,20}/?>",
     re.MULTILINE | re.IGNORECASE,
 )
 _QUOTES = {'"': '"', "“": "”", "«": "»", "「": "」"}
 _OVERRIDES = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")  # they reorder what a person reads
 _MIN_DISTINCT = 0.6  # of an answer's runs of three words: a text said twice has 0.5
-RULES = 1  # version of `judge` and `merge`: raise it when they take other answers
+RULES = 2  # version of `judge` and `merge`: raise it when they take other answers
 
 INSTRUCTION = (
     "Write a detailed caption for a short video clip, as training data for a text-to-video model. You are given the "
@@ -144,6 +154,8 @@ def judge(answer: str, original: str, min_chars: int, max_chars: int) -> tuple[s
         return "", "refusal"
     if _CHATTER.match(plain):
         return "", "chatter: it speaks to the reader first"
+    if _POSTSCRIPT.search(plain):
+        return "", "chatter: it speaks to the reader at the end"
     if markup := _MARKUP.search(answer):
         return "", f"markup: {shown(markup.group().strip())!r}"
     caption = " ".join(answer.split())
