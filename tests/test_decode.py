@@ -600,6 +600,15 @@ def test_hdr_is_shown_as_on_a_display_whose_white_is_the_reference_white(tmp_pat
     assert np.abs(decode(path, at(64, 64, 0)) - expected).max() <= 1.5  # a code of 10 bits is up to 1.3 levels wide
 
 
+@pytest.mark.parametrize(("trc", "primaries"), [(16, 9), (18, 9), (1, 9), (16, 2)])
+def test_hdr_and_the_widest_gamut_are_of_bt2020_where_no_matrix_is_flagged(
+    tmp_path: Path, trc: int, primaries: int
+) -> None:
+    colour = np.array([0.45, -0.08, 0.12])
+    said, unsaid = (flagged(tmp_path / f"{m}.mkv", colour, trc, primaries, m) for m in (9, 2))
+    assert (decode(unsaid, at(64, 64, 0)) == decode(said, at(64, 64, 0))).all()
+
+
 def test_colours_of_a_wide_gamut_keep_their_place_in_the_narrow_one(tmp_path: Path) -> None:
     to_2020 = np.array(  # ITU-R BT.2087, linear BT.709 to linear BT.2020
         [[0.6274, 0.3293, 0.0433], [0.0691, 0.9195, 0.0114], [0.0164, 0.0880, 0.8956]]

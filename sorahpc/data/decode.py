@@ -235,9 +235,9 @@ def decode(path: Path | str, plan: ClipPlan) -> np.ndarray:
 
     For each time the frame on screen then: the last one presented at or before it. Rotation, mirroring and pixel aspect
     are honoured, fields of interlaced frames are made whole, the picture is scaled to cover the size and cropped in the
-    middle. Colours are converted as the stream flags them; unflagged ones by BT.709 from 720 lines or 1280 columns on,
-    else by BT.601, as players do. Of HDR (PQ, HLG) what is brighter than the reference white of ITU-R BT.2408,
-    203 cd/m2, is white.
+    middle. Colours are converted as the stream flags them; where it flags no matrix by BT.2020 if they are HDR or have
+    BT.2020's primaries, by BT.709 from 720 lines or 1280 columns on, else by BT.601, as players do. Of HDR (PQ, HLG)
+    what is brighter than the reference white of ITU-R BT.2408, 203 cd/m2, is white.
 
     Transparency is left out, as by FFmpeg's own way to rgb24: a pixel has the colour that the file holds for it, even
     where nothing of it would be seen.

@@ -51,6 +51,8 @@ def colorspace_of(frame: Any) -> int:
 
 def _usual_colorspace(frame: Any) -> int:
     """What players take where the stream flags none."""
+    if frame.color_trc in _HDR or frame.color_primaries == ColorPrimaries.BT2020:
+        return int(Colorspace.BT2020)
     hd = max(frame.width, frame.height) >= 1280 or min(frame.width, frame.height) >= 720
     return int(Colorspace.ITU709 if hd else Colorspace.ITU601)
 
