@@ -719,6 +719,27 @@ def test_a_file_that_the_file_system_does_not_give_is_tried_twice_before_it_is_r
     assert "no clip was rejected for want of time" in capsys.readouterr().out and content(config) == whole
 
 
+def test_a_stop_before_the_second_try_rejects_nothing(
+    world: Path, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, real, opened = prepared(world, "stopped_before_retry"), os.open, []
+
+    def opens(path: object, *rest: object, **more: object) -> int:
+        if str(path).endswith("000000.mp4"):
+            opened.append(path)
+            raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+        return real(path, *rest, **more)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", opens)
+        patch.setattr(encode, "RETRY_AFTER_S", 0.0)
+        with pytest.raises(Stopped, match="before a clip was tried once more"):
+            encode.run(config, task(config, stop_requested=lambda: bool(opened)))
+    assert len(opened) == 1
+    encode.run(config, task(config))
+    assert content(config) == whole
+
+
 # A decoder's process that is killed, as by a kernel out of memory, the first time that it is given a certain file.
 KILLED = """
 import os, sys

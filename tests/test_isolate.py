@@ -19,7 +19,7 @@ from sorahpc.config import Config
 from sorahpc.configfile import parse_config
 from sorahpc.data import decode as decode_module
 from sorahpc.data import isolate
-from sorahpc.data.decode import ClipPlan, VideoError, decode, probe
+from sorahpc.data.decode import ClipPlan, VideoError, decode, may_pass, probe
 from sorahpc.data.manifest import read_manifest
 from sorahpc.errors import SetupError
 from sorahpc.jobs import prepare
@@ -121,6 +121,7 @@ def test_a_crash_a_hang_and_a_bomb_are_reasons_and_the_next_file_is_read(
                 patch.setattr(decode_module, "DECODE_S_PER_S", 0.0)
             use(bad)
         assert caught.value.reason == reason and str(caught.value) == f"{bad}: {reason}"
+        assert may_pass(reason) == (name in ("hang", "holds", "bomb"))
         start = time.monotonic()
         isolate.end_all() if name in ("bug", "writes") else None  # which live on, as the stub left them
         assert (decode(good, PLAN) == expected).all()

@@ -36,8 +36,11 @@ class PlanIndex:
         self.told = task.folder.path / "index.json"
 
     def forget(self) -> None:
-        """To be called before a shard is put where none was."""
-        self.told.unlink(missing_ok=True)
+        """To be called before a shard is put where none was. Raises DataError."""
+        try:
+            self.told.unlink(missing_ok=True)
+        except OSError as error:
+            raise self._fault(error) from None
 
     def finish(self, claims: Claims) -> bool:
         """Build it, or wait for another task that does. Returns whether it was this one.
@@ -83,9 +86,21 @@ class PlanIndex:
             summary = build_index(self.folder, self.shards)
             self._check(summary)
         except DataError as error:
-            write_json(self.told, {**told, "fault": str(error)})  # or each of them would read all shards to find it
+            self._tell({**told, "fault": str(error)})  # or each of them would read all shards to find it
             raise
-        write_json(self.told, {**told, "index": self._stamp()})
+        self._tell({**told, "index": self._stamp()})
+
+    def _tell(self, told: dict[str, Any]) -> None:
+        try:
+            write_json(self.told, told)
+        except OSError as error:
+            raise self._fault(error) from None
+
+    def _fault(self, error: OSError) -> DataError:
+        return DataError(
+            f"{shown(self.told)}: can't be written: {error.strerror or error}; the shards are all kept: see to it, and "
+            "run again"
+        )
 
     def _check(self, summary: Summary | None) -> None:
         folder = shown(self.folder)

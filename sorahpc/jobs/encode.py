@@ -123,6 +123,8 @@ def run(config: Config, task: Task) -> None:
                 raise
             log.warning("%s: %s; tried once more in %g s", shown(error.path), error.reason, RETRY_AFTER_S)
         time.sleep(RETRY_AFTER_S)
+        if task.stop_requested():  # a second try could last longer than there is left
+            raise Stopped("encode: stopped before a clip was tried once more; the next run tries it")
         return ready(row)
 
     @functools.lru_cache(1)
