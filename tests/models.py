@@ -44,7 +44,7 @@ ZOO = {
     ),
     "Qwen-Image": ("AutoencoderKLQwenImage", WAN, (4, 8, 8), 4),
     "KVAE": ("AutoencoderKLKVAEVideo", {"ch": 32, "ch_mult": [1, 1, 1, 1], "num_res_blocks": 1, "z_channels": 4},
-             (4, 8, 8), 4),
+             (4, 8, 8), 8),
     "Open-Sora": (
         "OpenSoraVae", {"spatial": {"block_out_channels": [16] * 4, "layers_per_block": 1, "norm_num_groups": 1},
                         "temporal": {"filters": 8, "num_res_blocks": 1, "num_groups": 2}}, (4, 8, 8), 4,

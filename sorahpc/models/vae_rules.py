@@ -92,7 +92,8 @@ def _cogvideox(config: dict[str, Any]) -> tuple[int, int]:
 
 
 # From the constructors and pipelines of diffusers 0.42. CogVideoX works on 8 frames at a time whatever its stride: 5
-# frames come back as 8, so its unit is twice its stride.
+# frames come back as 8, so its unit is twice its stride. So is that of KVAE, which goes by pieces of 16 frames and
+# makes 1 frame of a last piece of one latent frame: 21 frames come back as 18.
 RULES = {
     "AutoencoderKLCogVideoX": Rule("latent_channels", _cogvideox, lambda temporal: 2 * temporal, streams=True),
     "AutoencoderKLCosmos": Rule("latent_channels", _by_ratio, native=_cosmos_by_place),
@@ -101,6 +102,7 @@ RULES = {
     "AutoencoderKLKVAEVideo": Rule(
         "z_channels",
         lambda c: (c["temporal_compress_times"], 2 ** (len(c["ch_mult"]) - 1)),
+        lambda temporal: 2 * temporal,
         native=lambda module: None,  # no pipeline of diffusers uses it
         streams=True,
     ),
