@@ -33,6 +33,9 @@ struct Rope3d {
   bool interleaved, inverse;
   bool backward;  // of the norm; without a norm the gradient is the inverse
   bool stream;  // CPU: the result is larger than the caches
+
+  // CPU: whether a loop takes pairs as they lie, and reads an angle for each of their numbers; else an angle a pair.
+  bool angles_twice() const { return interleaved && dtype != Dtype::bf16; }
 };
 
 }  // namespace sorahpc

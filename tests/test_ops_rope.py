@@ -309,18 +309,41 @@ def test_the_result_does_not_depend_on_the_number_of_threads() -> None:
 
 @compiled_only
 def test_a_result_larger_than_the_caches_is_the_same() -> None:
-    """Past 16 MiB the kernel writes around the caches: other instructions, the same numbers."""
+    """Past 16 MiB the kernel writes around the caches: other instructions, the same numbers. They want aligned places,
+    which heads of 80 don't all begin at."""
     grids = grids_of([(8, 32, 32)])
-    for interleaved, dtype in itertools.product((True, False), (torch.float32, torch.bfloat16)):
-        q, k, wq, wk = make(8192, 9, 64, dtype)
-        whole = ops.qk_norm_rope3d(q, k, wq, wk, grids, (24, 20, 20), interleaved=interleaved)
+    cases = itertools.product((True, False), (torch.float32, torch.bfloat16), ((24, 20, 20), (28, 26, 26)))
+    for interleaved, dtype, axes in cases:
+        q, k, wq, wk = make(8192, 9, sum(axes), dtype)
+        whole = ops.qk_norm_rope3d(q, k, wq, wk, grids, axes, interleaved=interleaved)
         assert whole[0].nbytes + whole[1].nbytes > 16 << 20  # STREAM_BYTES of csrc/ops/common.h
         for first in (0, 4096, 8000):
             part = slice(first, first + 100)
-            small = ops.qk_norm_rope3d(
-                q[part], k[part], wq, wk, grids, (24, 20, 20), first=first, interleaved=interleaved
-            )
+            small = ops.qk_norm_rope3d(q[part], k[part], wq, wk, grids, axes, first=first, interleaved=interleaved)
             assert all(torch.equal(s, w[part]) for s, w in zip(small, whole, strict=True))
+
+
+def check_rounding() -> None:
+    """Ones that turn by 0 come out as the weights of their norm, rounded: in vectors of any length and both layouts."""
+    upper = torch.arange(0x0080, 0x7F80, 31, dtype=torch.int32) << 16  # float32, the normal ones
+    lower = torch.tensor([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF], dtype=torch.int32)  # ties, and on either side of them
+    most = torch.tensor([0x7F7F7FFF, 0x7F7F8000, 0x7F7FFFFF], dtype=torch.int32)  # a bfloat16, and infinity
+    nan = torch.tensor([0x7F800001, 0x7FC00000, 0x7FFF7FFF, 0x7FFF8000, 0x7FFFFFFF], dtype=torch.int32)
+    for dim, axes in ((256, (86, 86, 84)), (16, (4, 4, 8)), (8, (4, 2, 2)), (4, (0, 2, 2)), (2, (2, 0, 0))):
+        some = torch.cat(((upper[:: 256 // dim | 1, None] | lower).flatten(), most))  # even and odd ones in turns
+        for bits, interleaved in itertools.product((some, nan), (True, False)):
+            weights = torch.cat((bits, bits | -(2**31))).view(torch.float32)
+            weights = torch.cat((weights, weights[-1:].expand(-len(weights) % dim))).view(-1, dim)
+            x, one = torch.ones(1, 1, dim, dtype=torch.bfloat16), grids_of([(1, 1, 1)])
+            how: dict[str, Any] = {"interleaved": interleaved, "eps": 0.0}
+            rows = [torch.stack(ops.qk_norm_rope3d(x, x, w, w, one, axes, **how)) for w in weights]
+            got = torch.cat(rows, 1).view(2, *weights.shape)
+            expected = weights.bfloat16().expand_as(got)
+            torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_results_are_rounded_to_the_nearest_bfloat16() -> None:
+    check_rounding()
 
 
 SCRIPT = """if True:
@@ -335,16 +358,18 @@ SCRIPT = """if True:
                 truth = t.results(call, [x.double() for x in inputs], reference=True)
                 for got, other, true in zip(t.results(call, inputs), t.results(call, inputs, True), truth):
                     assert t.error(got, true) <= 2 * t.error(other, true) + 1e-7, (dim, interleaved, dtype)
-    for bits in (torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16),):
-        for dtype in (torch.bfloat16, torch.float16):  # every number there is, through the kernel's conversions
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+    for dtype in (torch.bfloat16, torch.float16):  # every number there is, through the kernel's conversions
+        for interleaved, shape, dim in ((True, (32, 2), -1), (False, (2, 32), -2)):
             x = bits.view(dtype).view(-1, 1, 64)
             out = torch.ops.sorahpc.rope3d(x, x, torch.tensor([[len(x), 1, 1]]), [64, 0, 0], [1e4] * 3, [0.0] * 3,
-                                           [0.0] * 3, 0, False, False)[0]
+                                           [0.0] * 3, 0, interleaved, False)[0]
             finite = x.float().isfinite() & (x.abs() >= torch.finfo(dtype).tiny) | (x == 0)
-            pairs = finite[..., :32] & finite[..., 32:]  # inf * 0 is NaN in its partner
-            keep = torch.cat((pairs, pairs), -1)
+            pairs = finite.unflatten(-1, shape)  # inf * 0 is NaN in its partner
+            keep = pairs.all(dim, keepdim=True).expand_as(pairs).flatten(-2)
             assert torch.equal(out[keep], x[keep]), dtype
             assert out[x.isnan()].isnan().all()
+    t.check_rounding()
     print(t.ops.backend()["library"])
 """
 

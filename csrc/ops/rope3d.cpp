@@ -9,12 +9,12 @@ extern "C" int sorahpc_rope3d_cuda(const Rope3d* op, const Sample* samples, int6
                                    const Sample* on_device, int64_t num_chunks, void* stream);
 #endif
 
-// Tables of cos and sin, one an axis, a row for each of its positions: a row holds what a head's loop reads, each cos
-// twice and then -sin, +sin for interleaved pairs, else cos and then sin once.
+// Tables of cos and sin, one an axis, a row for each of its positions: a row holds what a head's loop reads, cos and then
+// sin of its pairs, or each cos twice and then -sin, +sin.
 template <typename C>
 std::vector<C> fill_tables(const Rope3d& op, const Samples& samples, const void** tables) {
   const auto rows = samples.largest();
-  const int copies = op.interleaved ? 2 : 1;
+  const int copies = op.angles_twice() ? 2 : 1;
   const double sign = op.inverse ? -1.0 : 1.0;
   int64_t pairs[3], total = 0;
   for (int a = 0; a < 3; ++a) {
@@ -30,7 +30,7 @@ std::vector<C> fill_tables(const Rope3d& op, const Samples& samples, const void*
       C* const sin = cos + pairs[a] * copies;
       cos[0] = cos[copies - 1] = C(c);
       sin[copies - 1] = C(sign * s);
-      if (op.interleaved) sin[0] = C(-sign * s);
+      if (copies == 2) sin[0] = C(-sign * s);
     };
     for_angles(rows[a], pairs[a], op.theta[a], op.scale[a], op.offset[a], put);
   }
@@ -87,9 +87,9 @@ void launch(Rope3d& op, const Tensor& like, const Tensor& grids, int64_t num_chu
   if (op.num_tokens == 0 || heads == 0 || op.head_dim == 0) return;
   if (runs_on_cpu(like)) {
     const int64_t row = heads * op.head_dim;
-    // Whole vectors at aligned places only; 16 is the widest, and a pair's halves lie D/2 apart where not interleaved.
+    // Whole vectors at aligned places only: 16 numbers are the widest, or as many pairs.
     op.stream = op.num_tokens * row * item_bytes(op.dtype) > STREAM_BYTES &&
-                op.head_dim % (op.interleaved ? 16 : 32) == 0;
+                op.head_dim % (op.angles_twice() ? 16 : 32) == 0;
     const void* tables[3];
     std::vector<float> as_float;
     std::vector<double> as_double;
