@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import filecmp
 import itertools
 import os
 import shutil
@@ -32,13 +33,15 @@ from sorahpc.runs import fsync_dir
 def merge(out: Path, sources: Sequence[Path]) -> dict[str, Any]:
     """Join finished caches of the same cache.json into one. Shards are hard-linked, or copied to another file system.
 
-    A shard that two caches share (its name is a hash of its clips) is taken once. Killed, it goes on when run again.
+    A shard that two caches share (its name is a hash of its clips) is taken once, of the cache where none of its
+    samples is lacking: a clip may have been rejected in another. Killed, it goes on when run again.
 
     Returns:
         samples, shards: of the new cache; linked, copied, shared: numbers of shards.
 
     Raises:
-        DataError: a field of cache.json differs; a cache isn't finished; a key is in two different shards; `out` is a
+        DataError: a field of cache.json differs; a cache isn't finished; a key is in two different shards; each cache
+            lacks a sample of a shard that they share; a shard is damaged, or `out` has another of its name; `out` is a
             finished cache already; or the disk is full.
     """
     if len(sources) < 2:
@@ -51,14 +54,26 @@ def merge(out: Path, sources: Sequence[Path]) -> dict[str, Any]:
         check_info(one / INFO, expected, found)
     caches = [LatentCache(source) for source in sources]
     owner: dict[str, tuple[str, Path]] = {}
+    held: dict[str, dict[Path, set[str]]] = {}  # by shard and cache: keys of its samples there
     for source, cache in zip(sources, caches, strict=True):
+        for shard in cache.index.shards:
+            held.setdefault(shard, {})[source] = set()
         for key, k in zip(cache.keys, cache.index.shard_of, strict=True):
             shard = cache.index.shards[k]
+            held[shard][source].add(key)
             first = owner.setdefault(key, (shard, source))
             if first[0] != shard:
                 raise DataError(
                     f"{shown(source / shard)}: sample {key} is also in {shown(first[1] / first[0])}, expected in one "
                     "of the caches; take the clip out of one manifest and encode that one again"
+                )
+    fullest = {shard: max(of, key=lambda source: len(of[source])) for shard, of in held.items()}
+    for shard, source in fullest.items():
+        for other, keys in held[shard].items():
+            if lacking := keys - held[shard][source]:
+                raise DataError(
+                    f"{shown(source / shard)}: lacks sample {min(lacking)}, which {shown(other / shard)} has, and has "
+                    f"others that that one lacks; run `sorahpc cache retry {shown(source)}` and encode it again"
                 )
     count: Counter[str] = Counter()
     names: dict[str, None] = {}
@@ -69,7 +84,7 @@ def merge(out: Path, sources: Sequence[Path]) -> dict[str, Any]:
                 if name in names:
                     count["shared"] += 1
                 else:
-                    count[_link_or_copy(source / name, out / name)] += 1
+                    count[_link_or_copy(fullest[name] / name, out / name)] += 1
                 names[name] = None
         _link_or_copy(sources[0] / EMPTY_TEXT, out / EMPTY_TEXT)
         fsync_dir(out)
@@ -82,9 +97,11 @@ def merge(out: Path, sources: Sequence[Path]) -> dict[str, Any]:
 
 def _link_or_copy(source: Path, target: Path) -> str:
     if target.exists():
-        if not target.samefile(source):
-            check_seal(target)  # of an earlier run of this merge
-        return "linked" if target.samefile(source) else "copied"
+        if target.samefile(source):
+            return "linked"
+        if not filecmp.cmp(source, target, shallow=False):  # else it is of an earlier run of this merge
+            raise DataError(f"{shown(target)}: is not {shown(source)}; merge into a new folder")
+        return "copied"
     try:
         os.link(source, target)
         return "linked"
@@ -98,8 +115,19 @@ def _link_or_copy(source: Path, target: Path) -> str:
             shutil.copyfileobj(old, new, 1 << 20)
             new.flush()
             os.fsync(new.fileno())
-        check_seal(aside)
+        try:
+            check_seal(aside)
+        except DataError:
+            _check_source(source)
+            raise
         os.replace(aside, target)
     finally:
         aside.unlink(missing_ok=True)
     return "copied"
+
+
+def _check_source(path: Path) -> None:
+    try:
+        check_seal(path)
+    except DataError as fault:
+        raise DataError(f"{fault}; `sorahpc cache repair {shown(path.parent)}`, and encode it again") from None
