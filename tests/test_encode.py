@@ -33,7 +33,7 @@ from sorahpc.data.cache import INDEX, INFO
 from sorahpc.data.claims import WORK
 from sorahpc.data.decode import ClipPlan, decode
 from sorahpc.data.latents import LatentCache
-from sorahpc.data.maintenance import verify
+from sorahpc.data.maintenance import retry, verify
 from sorahpc.data.manifest import Video, read_manifest, write_manifest
 from sorahpc.data.samples import Sample
 from sorahpc.data.toyworld import write_world
@@ -648,6 +648,7 @@ def test_a_file_that_is_another_one_now_is_not_kept_under_the_key_of_the_first(w
     config = make_config(world, "others", prepare={"videos": str(tmp_path / "videos")})
     prepare.run(config, Task(config.run_dir, "prepare"))
     first, second, third, fourth = (tmp_path / f"videos/{i:06d}.mp4" for i in range(4))
+    aside = Path(shutil.copytree(tmp_path / "videos", tmp_path / "aside"))
     os.utime(first, (1, 1))  # the same file, of another time, as a copy is
     second.write_bytes(third.read_bytes())
     third.write_bytes(third.read_bytes()[:-1] + b"?")  # of the same size
@@ -658,6 +659,14 @@ def test_a_file_that_is_another_one_now_is_not_kept_under_the_key_of_the_first(w
     assert {Path(r["source"]).name: r["reason"] for r in rejected} == {
         "000001.mp4": changed, "000002.mp4": changed, "000003.mp4": "no such file"
     }  # fmt: skip
+    for path in (second, third, fourth):
+        shutil.copy(aside / path.name, path)
+    again = retry(config.cache_dir)["clips"]
+    assert {Path(clip["source"]).name for clip in again} == {path.name for path in (second, third, fourth)}
+    encode.run(config, task(config))
+    assert LatentCache(config.cache_dir).keys == [v.key for v in usable(config)] and len(usable(config)) == 6
+    third.write_bytes(second.read_bytes())
+    fourth.unlink()
     prepare.run(config, Task(config.run_dir, "prepare"))
     encode.run(config, task(config))
     assert LatentCache(config.cache_dir).keys == [v.key for v in usable(config)] and len(usable(config)) == 5

@@ -38,10 +38,19 @@ PROBE_BYTES_PER_S = 10e6
 DECODE_S_PER_S = 60.0
 # Reasons that are of the machine and its file system as likely as of the file: another time it may be read.
 PASSING = ("can't read", "took longer", "decoder killed", "needs more than")
+CHANGED = "changed since prepare looked at it: run prepare and encode again"
+# Of these, seconds later is too soon: a mount that a node lacks, a copy that is under way.
+AWAY = ("no such file", "dangling link", CHANGED)
+
+
+def may_pass_soon(reason: str) -> bool:
+    """Whether it is worth while to try again at once."""
+    return reason.startswith(PASSING)
 
 
 def may_pass(reason: str) -> bool:
-    return reason.startswith(PASSING)
+    """Whether `cache retry` has the clip tried again: its file may be there, and as it was, by then."""
+    return reason.startswith((*PASSING, *AWAY))
 
 
 class VideoError(DataError):

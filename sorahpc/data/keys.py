@@ -6,7 +6,7 @@ import functools
 import hashlib
 import os
 
-from sorahpc.data.decode import VideoError, open_regular
+from sorahpc.data.decode import CHANGED, VideoError, open_regular
 from sorahpc.data.manifest import Video
 
 
@@ -49,7 +49,7 @@ def check_unchanged(video: Video) -> None:
             raise VideoError(video.path, f"can't read: {error.strerror}") from None
         if video.key in (key_of(digest, video.caption), key_of(digest, video.caption, video.start_s, video.end_s)):
             return
-    raise VideoError(video.path, "changed since prepare looked at it: run prepare and encode again")
+    raise VideoError(video.path, CHANGED)
 
 
 @functools.lru_cache(8)  # the scenes of a video come one after the other

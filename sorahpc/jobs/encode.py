@@ -41,7 +41,7 @@ from sorahpc.data.cache import (
 )
 from sorahpc.data.captions import with_captions
 from sorahpc.data.claims import MAX_POLL_S, MIN_POLL_S, WORK, Claim, Claims
-from sorahpc.data.decode import VideoError, decode_by, may_pass, plan_clip
+from sorahpc.data.decode import VideoError, decode_by, may_pass_soon, plan_clip
 from sorahpc.data.indexing import PlanIndex
 from sorahpc.data.journal import Record
 from sorahpc.data.keys import check_unchanged
@@ -119,7 +119,7 @@ def run(config: Config, task: Task) -> None:
         try:
             return ready(row)
         except VideoError as error:
-            if not may_pass(error.reason):
+            if not may_pass_soon(error.reason):
                 raise
             log.warning("%s: %s; tried once more in %g s", shown(error.path), error.reason, RETRY_AFTER_S)
         time.sleep(RETRY_AFTER_S)
@@ -378,7 +378,7 @@ def _encode(video: Video, ready: Future[_Ready], fps: float, vae: Vae, writer: S
         return writer.pack(video.key, latent, clip.texts, first, fps, video.path, clip.decoder, *second)
     except DataError as error:
         reason = error.reason if isinstance(error, VideoError) else str(error)
-        log.warning("rejected %s: %s%s", shown(video.path), reason, " (tried twice)" if may_pass(reason) else "")
+        log.warning("rejected %s: %s%s", shown(video.path), reason, " (tried twice)" if may_pass_soon(reason) else "")
         return rejection(video.key, video.path, reason)
 
 
