@@ -12,6 +12,7 @@ from models import write_t5, write_vae
 
 from sorahpc.config import Config
 from sorahpc.configfile import parse_config
+from sorahpc.data.cache import build_index, load_index
 from sorahpc.data.manifest import read_manifest
 from sorahpc.data.mp4 import write_mp4
 from sorahpc.data.toyworld import caption, render, scene_of, write_world
@@ -175,5 +176,7 @@ def test_reconstructions_by_a_vae_of_another_config_are_refused_but_for_a_cache_
     made = config.cache_dir / "cache.json"
     info = json.loads(made.read_text())
     del info["vae"]["config_sha256"]
+    shards = list(load_index(config.cache_dir)[1]["shards"])
     made.write_text(json.dumps(info))
+    build_index(config.cache_dir, shards)
     assert len(reconstructed(config)) == 5

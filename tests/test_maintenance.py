@@ -341,6 +341,18 @@ def test_a_merge_without_hard_links_copies_and_goes_on_where_it_was_killed(
     assert not [n for n in os.listdir(tmp_path / "out") if n.startswith(".")]
 
 
+def test_a_cache_json_that_was_changed_is_refused_by_field_when_read_and_repair_puts_it_back(tmp_path: Path) -> None:
+    write(tmp_path)
+    good = (tmp_path / INFO).read_bytes()
+    made = json.loads(good)
+    field = next(name for name, value in made.items() if isinstance(value, list))
+    (tmp_path / INFO).write_text(json.dumps({**made, field: [n + 1 for n in made[field]]}))
+    with pytest.raises(DataError, match=rf"cache.json: is not the one that index.parquet was built with: {field} "):
+        LatentCache(tmp_path)
+    assert repair(tmp_path)["restored"] and (tmp_path / INFO).read_bytes() == good
+    assert len(LatentCache(tmp_path)) == 10
+
+
 def with_rejected(folder: Path, left_out: int) -> Path:
     """A finished cache of one shard of four clips, one of them rejected."""
     rows = samples(4)

@@ -107,7 +107,8 @@ def read_info(folder: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise DataError(f"{shown(folder)}: no latent cache here ({INFO} is missing); run `sorahpc encode`") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{shown(path)}: can't be read: {getattr(error, 'strerror', None) or 'not JSON'}") from None
+        why = getattr(error, "strerror", None) or "not JSON; see `sorahpc cache repair`"
+        raise DataError(f"{shown(path)}: can't be read: {why}") from None
     if not isinstance(info, dict) or info.get("version") != VERSION:
         found = info.get("version") if isinstance(info, dict) else type(info).__name__
         raise DataError(f"{shown(path)}: field `version`: expected {VERSION}, found {found!r}; encode again")
@@ -395,10 +396,18 @@ def read_index(folder: Path, channels: int, dims: Mapping[str, int]) -> Index:
     """Read index.parquet, trusting none of its values: each sample's bytes lie inside a shard that is there.
 
     Raises:
-        DataError: there is none, a value is out of its bounds, or a shard is missing or of another size.
+        DataError: there is none, a value is out of its bounds, cache.json is not the one that it was built with, or a
+        shard is missing or of another size.
     """
     name = shown(folder / INDEX)
     table, meta = load_index(folder)
+    info, pinned = read_info(folder), json.loads(meta["info"])
+    if info != pinned:  # else a bit flipped in a stride or clip setting would be taken for true
+        fields = sorted({field for field, *_ in differences(info, pinned) + differences(pinned, info)})
+        raise DataError(
+            f"{shown(folder / INFO)}: is not the one that {INDEX} was built with: {', '.join(fields) or 'its fields'} "
+            "changed; run `sorahpc cache repair`, which puts it back"
+        )
 
     def need(condition: Any, what: str) -> None:
         if not condition:
