@@ -58,8 +58,10 @@ def atomic_write(path: Path, data: str | bytes, *, durable: bool = True) -> None
                 f.flush()
                 os.fsync(f.fileno())
         os.replace(aside, path)
-    except BaseException:
+    except BaseException as error:
         aside.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:  # of a disk that is full: say which
+            error.filename = str(path)
         raise
     if durable:
         fsync_dir(path.parent)

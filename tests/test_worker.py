@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import resource
 import signal
 import subprocess
 import sys
@@ -22,7 +24,7 @@ from sorahpc.cluster.worker import Place, Spec, check_progress, export_gang
 from sorahpc.configfile import parse_config
 from sorahpc.errors import NoProgressError, SetupError
 from sorahpc.lease import Lease, identity, is_alive, is_dead, start_time
-from sorahpc.runs import JobFolder, Task, read_json, write_json
+from sorahpc.runs import JobFolder, Task, atomic_write, read_json, write_json
 
 
 def worker(*args: str | Path, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
@@ -536,3 +538,16 @@ def test_a_stop_reaches_the_task_and_not_the_tool_between(tmp_path: Path) -> Non
     assert process.wait(timeout=20) == 10
     assert status(tmp_path, "profile-train")["state"] == "stopped"
     assert (tmp_path / "notes").read_text() == "tool ended\n"
+
+
+def test_a_file_that_does_not_fit_is_named_and_the_old_one_stays(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    atomic_write(path, "old")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(OSError, match=re.escape(f"File too large: '{path}'")):
+            atomic_write(path, "x" * 2000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["x.json"]
