@@ -292,10 +292,10 @@ def test_the_backward_of_a_layer_whose_input_needs_no_gradient_is_its_own(tmp_pa
     found = read_summary(path).found
     assert found is not None
     parts = parts_of(found)
-    # Bounds below are what sleeps there; above, as much again: on a busy machine a sleep is long.
-    for name, least in (("x", 40), ("t", 60), ("layer", 80)):
-        assert least <= parts[name].backward_ms <= 2 * least, name
-    assert parts["all"].backward_ms < 40 and parts["between layers"].backward_ms < 40
+    asleep = {"x": 40, "t": 60, "layer": 80, "all": 0, "between layers": 0}
+    spare = found.wall_ms - sum(asleep.values()) + 0.1  # all the rest of a step, which a busy machine makes long
+    for name, least in asleep.items():
+        assert least <= parts[name].backward_ms <= least + spare, (name, spare)
     assert sum(part.ms for part in found.parts) == pytest.approx(found.wall_ms, rel=0.01)
     assert not any(layer._backward_hooks for _, layer in layers)
 
