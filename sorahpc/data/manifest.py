@@ -139,7 +139,9 @@ class Rows(Sequence[Video]):
     a GB so, and more than one and a half as objects."""
 
     def __init__(self, table: pa.Table) -> None:
-        names = [f.name for f in dataclasses.fields(Video) if f.name in table.schema.names]
+        fields = [f.name for f in dataclasses.fields(Video)]
+        names = [name for name in fields if name in table.schema.names]
+        assert names == fields[: len(names)], names  # rows are made by place: of version 1, only the last are lacking
         self._table = table.select(names)
         self._columns = [self._table.column(name) for name in names]
 
