@@ -184,21 +184,27 @@ def test_kill_9_at_any_time_leaves_whole_items_only_and_a_rerun_completes_to_the
     config = local(world, "killed")
     fork = multiprocessing.get_context("fork")  # spawn would spend its life importing torch
     rng = np.random.default_rng(0)
+    clips = config.run_dir / "captions/clips"
     kills = 0
-    for _ in range(8):
+    for round_ in range(40):
+        if kills == 8:
+            break
+        wanted = len(known_items(clips)) + round_ % 4  # as its start, or once so many more items are there
         worker = fork.Process(target=_killed_worker, args=(config,))
         worker.start()
-        worker.join(float(rng.uniform(0.1, 0.8)))
+        while worker.is_alive() and len(known_items(clips)) < wanted:
+            time.sleep(0.001)
+        time.sleep(float(rng.uniform(0, 0.02)))
         if worker.is_alive():
             os.kill(worker.pid, signal.SIGKILL)
             kills += 1
         worker.join()
         there = {k: v for k, v in content(config).items() if not Path(k).name.startswith(".")}
         assert there.items() <= whole.items()
-        if CAPTIONS in there:  # more to do, so that later kills find it at work
-            (config.run_dir / CAPTIONS).unlink()
+        if len(there) > CLIPS // 2:  # more to do, so that later kills find it at work
+            (config.run_dir / CAPTIONS).unlink(missing_ok=True)
             shutil.rmtree(config.run_dir / "captions")
-    assert kills >= 4
+    assert kills == 8
     caption.run(config, task(config))
     assert {k: v for k, v in content(config).items() if not Path(k).name.startswith(".")} == whole
 
@@ -326,7 +332,7 @@ def test_a_stop_does_not_wait_for_a_server_that_hangs(world: Path) -> None:
         start = time.monotonic()
         with pytest.raises(Stopped, match="0 of 8 clips"):
             caption.run(config, task(config, stop_requested=asked.is_set))
-        assert time.monotonic() - start < 5
+        assert time.monotonic() - start < 20
     assert not known_items(config.run_dir / "captions/clips")
 
 

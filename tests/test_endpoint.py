@@ -130,7 +130,7 @@ def test_retry_after_is_honoured(dated: bool) -> None:
     start = time.monotonic()
     with serving(respond) as server:
         assert ask(server.url) == ("ok", "")
-    assert 0.9 < time.monotonic() - start < 4  # a date has whole seconds
+    assert 0.9 < time.monotonic() - start < 20  # a date has whole seconds
 
 
 def test_who_asks_for_an_hour_is_not_waited_for() -> None:
@@ -229,7 +229,7 @@ def test_a_server_that_hangs_or_drips_is_left_in_time(respond: Any) -> None:
     with serving(respond) as server:
         with pytest.raises(SetupError, match=r"no answer in 2 attempts: nothing within 0.4 s"):
             ask(server.url, timeout_s=0.4, retries=1)
-    assert 0.7 < time.monotonic() - start < 5 and len(server.requests) == 2
+    assert 0.7 < time.monotonic() - start < 20 and len(server.requests) == 2
 
 
 def _cut(h: Any, b: Any, n: int) -> None:
@@ -302,7 +302,7 @@ def test_a_stop_ends_requests_and_waits_at_once(two_waiting: Any) -> None:
     asked.stop()
     for thread in threads:
         thread.join(10)
-    assert time.monotonic() - start < 3 and [type(e) for e in ended] == [Stopped, Stopped]
+    assert time.monotonic() - start < 9 and [type(e) for e in ended] == [Stopped, Stopped]
 
 
 def test_no_proxy_of_the_environment_sees_the_question(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -167,8 +167,8 @@ def recorded(
             torch=torch.__version__,
             commit=commit_of_this(),
             tool=how.tool,
-            step_ms=[round(s * 1e3, 3) for s in recorder.step_s],
-            recorded_step_ms=[round(s * 1e3, 3) for s in recorder.recorded_s],
+            step_ms=[round(s * 1e3, 6) for s in recorder.step_s],
+            recorded_step_ms=[round(s * 1e3, 6) for s in recorder.recorded_s],
             step_tokens=recorder.step_tokens,
             found=analyse(recorder.trace) if how.tool == "torch" else None,
         )
