@@ -74,6 +74,18 @@ REFUSALS = [
     "We're sorry, but something went wrong while we processed your request. Please try again later.",
     "My apologies, I'm having trouble with seeing the frames. Can you send them again in another way?",
     "Could you please share the video itself? The short caption alone is not enough for this.",
+    "抱歉，我无法看到您所提到的视频画面，因此不能根据它来写出详细的描述。如果您能用文字告诉我更多内容，我会很乐意帮您继续完善。",
+    "很抱歉，作为一个AI语言模型，我不能查看视频，也不能描述其中的人物，请您提供更多关于这段视频的文字信息，谢谢您的理解与支持。",
+    "我无法根据提供的画面生成描述，因为这些画面不够清楚，请重新上传更清晰的视频，我会尽快为您写出一段完整而详细的文字说明。",
+    "申し訳ありませんが、この動画の内容を説明することはできません。別の動画を提供していただければ、喜んで詳しい説明を書かせていただきます。",
+    "죄송하지만 제공된 프레임만으로는 영상의 내용을 자세히 설명할 수 없습니다. 다른 영상을 올려 주세요.",
+    "Es tut mir leid, aber ich kann zu diesem Video keine Beschreibung verfassen, da die Bilder nicht zu sehen sind.",
+    "Leider kann ich die Bilder nicht ansehen und darum auch nicht sagen, was sich in diesem Video bewegt und wohin.",
+    "Désolé, je ne peux pas décrire cette vidéo, car les images que vous avez envoyées ne me sont pas accessibles.",
+    "Lo siento, pero no puedo describir este video porque no tengo acceso a los fotogramas que usted ha mencionado.",
+    "Desculpe, mas não posso descrever este vídeo, pois não tenho acesso aos quadros que foram mencionados acima.",
+    "Mi dispiace, ma non posso descrivere questo video perché i fotogrammi che ha indicato non sono disponibili.",
+    "Извините, но я не могу описать это видео, так как у меня нет доступа к кадрам, о которых идёт речь в запросе.",
 ]
 CHATTER = [
     "Sure! Here is a detailed caption: A red ball rolls slowly over the wet grass to the left.",
@@ -133,6 +145,10 @@ CAPTIONS_OF_PEOPLE = [
     "Ein roter Ball rollt langsam über nasses Gras nach links; die Morgensonne glänzt in den Tropfen, die Kamera ruht.",
     "赤いボールが濡れた芝生の上をゆっくりと左へ転がっていく。朝の光が露に輝き、カメラは静止したまま、背景の木々は柔らかくぼけている。",
     "Красный мяч медленно катится влево по мокрой траве; утреннее солнце блестит в каплях росы, камера неподвижна.",
+    "Leidenschaftlich tanzt ein Paar in roten Kleidern über einen Platz; Menschen stehen im Kreis und klatschen.",
+    "Désolée et déserte, une plage grise s'étend sous la pluie; un chien court vers la gauche, la caméra le suit.",
+    "Una mujer dice lo siento a un niño que llora; se arrodilla a su lado sobre la acera mojada y le da un pañuelo.",
+    "一个男孩低着头对母亲说抱歉，母亲蹲下身来抱住他，窗外的雨水顺着玻璃缓缓流下，房间里的灯光温暖而柔和，镜头慢慢地向他们推近。",
 ]
 GOOD = "A red ball rolls slowly over wet grass to the left; drops shine in the low sun, and the camera stays still."
 

@@ -33,14 +33,14 @@ from sorahpc.data.cache import INDEX, INFO
 from sorahpc.data.claims import WORK
 from sorahpc.data.decode import ClipPlan, decode
 from sorahpc.data.latents import LatentCache
-from sorahpc.data.maintenance import retry, verify
+from sorahpc.data.maintenance import repair, retry, verify
 from sorahpc.data.manifest import Video, read_manifest, write_manifest
 from sorahpc.data.samples import Sample
 from sorahpc.data.toyworld import write_world
 from sorahpc.errors import ConfigError, DataError, SetupError, Stopped
 from sorahpc.jobs import encode, prepare
 from sorahpc.models.text import make_tiny_t5
-from sorahpc.models.vae import load_vae
+from sorahpc.models.vae import Vae, load_vae
 from sorahpc.runs import Task
 
 CLIPS = 14
@@ -404,6 +404,66 @@ def test_an_index_that_can_not_be_built_is_told_to_the_tasks_of_the_launch_and_b
     shard.unlink()
     encode.run(config, task(config, launch="two"))  # a task that comes later
     assert content(config) == whole
+
+
+def test_a_cache_whose_index_another_run_has_built_is_not_taken_for_ones_own(
+    world: Path, whole: dict[str, bytes], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    mine, other = (
+        prepared(world, f"of_two_{i}", encode={"clips_per_shard": 3, "cache": str(tmp_path)}) for i in (0, 1)
+    )
+    rows = read_manifest(other.run_dir / "manifest.parquet")
+    write_manifest(other.run_dir / "manifest.parquet", [*rows[:3], *rows[4:]])  # the first shard is one of both
+    for config in (mine, other):
+        encode.run(config, task(config))
+    assert len(indexing.open_cache(other)) == CLIPS - 1  # and one can't be decoded
+    with pytest.raises(DataError) as caught:
+        indexing.open_cache(mine)
+    assert str(caught.value) == (
+        f"{tmp_path}/{INDEX}: expected the 5 shards of this run's encode, found 5, 4 of them of others: another run "
+        "has encoded into this folder since. Run `sorahpc encode` of this run again, which builds the index anew, or "
+        "give each its encode.cache"
+    )
+    encode.run(mine, task(mine))
+    assert len(indexing.open_cache(mine)) == CLIPS - 1 and {**whole, **content(mine)} == content(mine)
+    assert caplog.messages == [m for m in caplog.messages if "are not in it" not in m]
+    (tmp_path / indexing.open_cache(mine).index.shards[0]).unlink()
+    repair(tmp_path)
+    assert len(indexing.open_cache(mine)) < CLIPS - 1
+    said = (
+        f"{tmp_path}/{INDEX}: 1 of the 5 shards of this run's encode are not in it; `sorahpc encode` brings them back"
+    )
+    assert caplog.messages[-1] == said
+    merged = mine.model_copy(update={"encode": mine.encode.model_copy(update={"cache": tmp_path / "elsewhere"})})
+    shutil.copytree(tmp_path, tmp_path / "elsewhere", ignore=shutil.ignore_patterns("elsewhere"))
+    (mine.run_dir / "jobs/encode/index.json").write_text('{"cache": 1, "shards": [{}]}')
+    assert len(indexing.open_cache(merged)) == len(indexing.open_cache(mine))
+
+
+def test_a_gpu_that_is_too_small_ends_the_task_by_the_setting_and_keeps_what_was_encoded(
+    world: Path, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, encoded = prepared(world, "small_gpu"), recorded(monkeypatch)
+    real = Vae.encode
+
+    def encode_four(self: Vae, clip: np.ndarray) -> torch.Tensor:
+        if len(encoded) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB.\nSee the documentation")
+        return real(self, clip)
+
+    monkeypatch.setattr(Vae, "encode", encode_four)
+    with pytest.raises(SetupError) as caught:
+        encode.run(config, task(config))
+    assert re.fullmatch(
+        r"vae.tiling: /.*\.mp4: the VAE lacks GPU memory for \d+ frames of \d+x\d+ px \(CUDA out of memory. Tried to "
+        r"allocate 3.00 GiB.\); what was encoded is kept. Take a GPU with more, or begin a cache anew with vae.tiling, "
+        r"or with less of clip.max_area_px or clip.max_frames",
+        str(caught.value),
+    )
+    monkeypatch.setattr(Vae, "encode", real)
+    encoded.clear()
+    encode.run(config, task(config))
+    assert len(encoded) == CLIPS - 4 and content(config) == whole
 
 
 def test_a_rerun_does_only_what_is_missing(

@@ -24,11 +24,16 @@ def test_parts_of_the_dead_and_of_the_silent_are_removed_and_those_of_the_living
     dead.wait()
     mine, gone = tmp_path / f".a.h5.{host}.{os.getpid()}.part", tmp_path / f".b.h5.{host}.{dead.pid}.part"
     other, silent = tmp_path / f".c.h5.elsewhere.{dead.pid}.part", tmp_path / f".d.h5.elsewhere.{dead.pid}.part"
-    for path in (mine, gone, other, silent):
+    # Of cache.json, as its first writer has it aside, and of the index.
+    small, under_way = (
+        tmp_path / f"..cache.json.{host}.{pid}.1.tmp.{host}.{pid}.1.tmp" for pid in (dead.pid, os.getpid())
+    )
+    index, strange = tmp_path / f".index.parquet.{host}.{dead.pid}.140001.tmp", tmp_path / f".notes.{host}.tmp"
+    for path in (mine, gone, other, silent, small, under_way, index, strange):
         path.write_bytes(b"x")
     os.utime(silent, (1, 1))
-    assert remove_stale_parts(tmp_path) == [gone.name, silent.name]
-    assert mine.exists() and other.exists()
+    assert remove_stale_parts(tmp_path) == sorted([small.name, gone.name, silent.name, index.name])
+    assert mine.exists() and other.exists() and under_way.exists() and strange.exists()
 
 
 @pytest.fixture

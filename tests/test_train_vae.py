@@ -224,6 +224,19 @@ def test_clips_that_were_trained_on_are_not_measured_when_the_folder_has_grown_o
     assert result["clips"] == len(seen[3][1])
 
 
+def test_a_file_that_was_replaced_since_prepare_is_left_out(
+    world: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = at(tmp_path, world, steps=1)
+    manifest = config.run_dir / "manifest.parquet"
+    # As of files that had other bytes when they were looked at.
+    rows = enumerate(read_manifest(manifest))
+    write_manifest(manifest, [dataclasses.replace(v, key=f"{i:016x}", mtime_ns=1) for i, v in rows])
+    with pytest.raises(DataError, match=r"none of the .* clips of .* can be decoded; the log says why"):
+        train_vae.run(config, Task(config.run_dir, "train-vae"))
+    assert "left out: " in caplog.text and ".mp4: changed since prepare looked at it" in caplog.text
+
+
 def test_a_state_goes_on_under_its_own_settings_only_and_each_other_one_is_named(world: Path, tmp_path: Path) -> None:
     config = at(tmp_path, world, steps=4, holdout_clips=1)
     stopped_at(config, 1)

@@ -74,6 +74,20 @@ _REFUSAL = re.compile(
     r"|(?:please|could you(?: please)?|can you|kindly) (?:provide|share|upload|attach|send|give|clarify)\b)",
     re.IGNORECASE,
 )
+# How models begin to refuse in the tongue that they know best. Openings alone: what such an answer says on, who knows.
+_REFUSAL_ELSEWHERE = re.compile(
+    r"(?:我?(?:很|非常|十分)?(?:抱歉|对不起|對不起)|我(?:无法|無法|不能)|作为(?:一个|一個)?.{0,6}(?:AI|人工智能|语言模型)"
+    r"|(?:大変)?申し訳|すみません|ごめんなさい"
+    r"|(?:정말 )?(?:죄송|미안)"
+    r"|(?:es )?tut (?:mir|uns) (?:sehr )?leid\b|(?:leider )?(?:kann|darf) ich\b"
+    r"|ich (?:kann|darf) (?:\w+ )?(?:nicht|kein)"
+    r"|(?:je suis )?(?:vraiment )?désolée?(?:[,.;!]| mais\b)|je ne (?:peux|suis)\b|malheureusement\b"
+    r"|lo (?:siento|lamento)\b|(?:yo )?no puedo\b|lamentablemente\b"
+    r"|desculpe\b|(?:sinto|lamento) muito\b|(?:eu )?não (?:posso|consigo)\b|infelizmente\b"
+    r"|mi dispiace\b|(?:io )?non posso\b|purtroppo\b"
+    r"|извините\b|мне (?:очень )?жаль\b|(?:к сожалению,? )?я не могу\b|к сожалению\b)",
+    re.IGNORECASE,
+)
 _CHATTER = re.compile(
     r"(?:(?:sure|certainly|of course|okay|ok|absolutely|alright|understood|great|no problem|got it)(?: thing)?\s*[,!.:]"
     r"|(?:sure|certainly|okay|ok)(?: thing)? (?:here|i|let)\b"
@@ -102,7 +116,7 @@ _MARKUP = re.compile(
 _QUOTES = {'"': '"', "“": "”", "«": "»", "「": "」"}
 _OVERRIDES = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")  # they reorder what a person reads
 _MIN_DISTINCT = 0.6  # of an answer's runs of three words: a text said twice has 0.5
-RULES = 2  # version of `judge` and `merge`: raise it when they take other answers
+RULES = 3  # version of `judge` and `merge`: raise it when they take other answers
 
 INSTRUCTION = (
     "Write a detailed caption for a short video clip, as training data for a text-to-video model. You are given the "
@@ -150,7 +164,7 @@ def judge(answer: str, original: str, min_chars: int, max_chars: int) -> tuple[s
     if "\ufffd" in answer:
         return "", "not text: bytes that are not UTF-8"
     plain = answer.replace("’", "'")
-    if _ASSISTANT.search(plain) or _REFUSAL.match(plain):
+    if _ASSISTANT.search(plain) or _REFUSAL.match(plain) or _REFUSAL_ELSEWHERE.match(plain):
         return "", "refusal"
     if _CHATTER.match(plain):
         return "", "chatter: it speaks to the reader first"

@@ -1,4 +1,4 @@
-"""The index of a plan's shards, which one of many tasks builds while the others wait for it."""
+"""The index of a plan's shards: one of many tasks builds it while the others wait, and a run knows its own again."""
 
 from __future__ import annotations
 
@@ -9,31 +9,62 @@ import time
 from pathlib import Path
 from typing import Any
 
+from sorahpc.config import Config
 from sorahpc.data.cache import INDEX, PlannedShard, Summary, build_index
 from sorahpc.data.claims import MAX_POLL_S, MIN_POLL_S, Claims
 from sorahpc.data.decode import may_pass
+from sorahpc.data.latents import LatentCache
 from sorahpc.data.manifest import shown
 from sorahpc.errors import DataError, Stopped
 from sorahpc.files import open_regular
-from sorahpc.runs import Task, read_json, write_json
+from sorahpc.runs import JobFolder, Task, read_json, write_json
 
 log = logging.getLogger(__name__)
 
 MAX_SHOWN = 5
 
 
+def open_cache(config: Config) -> LatentCache:
+    """The run's cache, whose index is the one that the run's own encode has built: another run's, of another manifest,
+    may have taken its place in a folder that both write to, and nothing else would tell of the other clips.
+
+    Raises:
+        DataError: no finished cache, or clips of another run in its index.
+    """
+    cache = LatentCache(config.cache_dir)
+    told = read_json(_told(config.run_dir)) or {}
+    if told.get("cache") == str(config.cache_dir.resolve()) and isinstance(told.get("shards"), list):
+        own, found = set(map(str, told["shards"])), set(cache.index.shards)
+        if found - own:
+            raise DataError(
+                f"{shown(config.cache_dir / INDEX)}: expected the {len(own)} shards of this run's encode, found "
+                f"{len(found)}, {len(found - own)} of them of others: another run has encoded into this folder since. "
+                "Run `sorahpc encode` of this run again, which builds the index anew, or give each its encode.cache"
+            )
+        if own - found:  # as `sorahpc cache repair` leaves it, whose loss may be for good
+            log.warning(
+                "%s: %d of the %d shards of this run's encode are not in it; `sorahpc encode` brings them back",
+                shown(config.cache_dir / INDEX), len(own - found), len(own),
+            )  # fmt: skip
+    return cache
+
+
+def _told(run_dir: Path) -> Path:
+    return JobFolder(run_dir, "encode").path / "index.json"
+
+
 class PlanIndex:
     """The index of the plan's shards, which one task of a launch builds, as it reads them all.
 
-    jobs/encode/index.json says which index.parquet the tasks of which launch have built, or why they can't. Another
-    launch builds it anew: it can't know what became of the shards since.
+    jobs/encode/index.json says which index.parquet the tasks of which launch have built, of which shards, or why they
+    can't. Another launch builds it anew: it can't know what became of the shards since.
     """
 
     def __init__(self, task: Task, folder: Path, plan: list[PlannedShard]) -> None:
         self.task, self.folder, self.shards = task, folder, [shard.name for shard in plan]
         digest = hashlib.sha256("\n".join(self.shards).encode()).hexdigest()
         self.name = f"index-{digest[:16]}"
-        self.told = task.folder.path / "index.json"
+        self.told = _told(task.run_dir)
 
     def forget(self) -> None:
         """To be called before a shard is put where none was. Raises DataError."""
@@ -81,7 +112,9 @@ class PlanIndex:
         return [found.st_size, found.st_mtime_ns]
 
     def _build(self) -> None:
-        told: dict[str, Any] = {"launch": self.task.launch, "plan": self.name}
+        told: dict[str, Any] = {
+            "launch": self.task.launch, "plan": self.name, "cache": str(self.folder.resolve()), "shards": self.shards,
+        }  # fmt: skip
         try:
             summary = build_index(self.folder, self.shards)
             self._check(summary)

@@ -21,16 +21,25 @@ LEFT_AFTER_S = 86400.0
 STALE_PART_S = 3600.0
 
 
+# Of a shard; of a smaller file, as `atomic_write` names it.
+_UNFINISHED = re.compile(r"(?P<host>.+)\.(?P<pid>\d+)(?:\.part|\.\d+\.tmp)", re.ASCII)
+
+
 def remove_stale_parts(folder: Path) -> list[str]:
-    """Delete `.part` files of writers that are gone: dead on this host, or silent for an hour. Returns their names."""
+    """Delete the unfinished files of writers that are gone: dead on this host, or silent for an hour.
+
+    Returns:
+        the names of what was deleted.
+    """
     removed = []
-    for part in sorted(folder.glob(".*.part")):
-        host, _, pid = part.name.removesuffix(".part").rpartition(".")
+    here = f".{socket.gethostname()}"
+    for part in sorted([*folder.glob(".*.part"), *folder.glob(".*.tmp")]):
+        of = _UNFINISHED.fullmatch(part.name)
         try:
             found = os.lstat(part)
             stale = time.time() - found.st_mtime > STALE_PART_S
-            if not stale and host.endswith(f".{socket.gethostname()}") and pid.isascii() and pid.isdigit():
-                stale = not _alive(int(pid))
+            if not stale and of is not None and of["host"].endswith(here):
+                stale = not _alive(int(of["pid"]))
             if stale and stat.S_ISREG(found.st_mode):
                 part.unlink()
                 removed.append(part.name)

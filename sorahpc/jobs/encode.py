@@ -70,8 +70,8 @@ def run(config: Config, task: Task) -> None:
 
     Raises:
         ConfigError: sections or model folders missing. DataError: no manifest, captions or usable clip, or the cache
-        folder was made with other settings. SetupError: others hold shards and don't get on. Stopped: between two
-        clips, on request.
+        folder was made with other settings. SetupError: others hold shards and don't get on, or the GPU's memory
+        is too small. Stopped: between two clips, on request.
     """
     config.need("vae", "text")
     assert config.vae is not None and config.text is not None
@@ -380,6 +380,13 @@ def _encode(video: Video, ready: Future[_Ready], fps: float, vae: Vae, writer: S
         reason = error.reason if isinstance(error, VideoError) else str(error)
         log.warning("rejected %s: %s%s", shown(video.path), reason, " (tried twice)" if may_pass_soon(reason) else "")
         return rejection(video.key, video.path, reason)
+    except torch.OutOfMemoryError as error:  # of this GPU, by these settings: other clips of the size would end so too
+        frames, height, width, _ = clip.pixels.shape
+        raise SetupError(
+            f"vae.tiling: {shown(video.path)}: the VAE lacks GPU memory for {frames} frames of {height}x{width} px "
+            f"({str(error).splitlines()[0]}); what was encoded is kept. Take a GPU with more, or begin a cache anew "
+            "with vae.tiling, or with less of clip.max_area_px or clip.max_frames"
+        ) from None
 
 
 def _compare(vae: Vae, mean: torch.Tensor, std: torch.Tensor) -> None:

@@ -20,6 +20,7 @@ import numpy as np
 from sorahpc.config import ClipConfig, Config
 from sorahpc.data.captions import with_captions
 from sorahpc.data.decode import ClipPlan, VideoError, decode, plan_clip, probe
+from sorahpc.data.indexing import open_cache
 from sorahpc.data.latents import LatentCache
 from sorahpc.data.manifest import MANIFEST, Video, open_manifest
 from sorahpc.data.mp4 import write_mp4
@@ -107,7 +108,7 @@ def reconstruct(config: Config, advance: Callable[[], None]) -> None:
     """Decode cached latents spread over the cache, and write them beside the real clips with their PSNR and SSIM."""
     assert config.vae is not None
     folder = config.run_dir / "reconstructions"
-    cache = LatentCache(config.cache_dir)
+    cache = open_cache(config)
     count = min(config.evaluate.reconstructions, len(cache))
     chosen = [i * len(cache) // count for i in range(count)]
     # format 2 has SSIM

@@ -25,6 +25,7 @@ from torch import Tensor
 from sorahpc import ops
 from sorahpc.config import Config, TrainConfig
 from sorahpc.data.cache import differences
+from sorahpc.data.indexing import open_cache
 from sorahpc.data.latents import LatentCache
 from sorahpc.data.packing import GlobalBatch, Packer
 from sorahpc.data.texts import PackTexts, join_texts
@@ -65,7 +66,7 @@ def _started(config: Config, task: Task) -> Iterator[tuple[LatentCache, Mesh]]:
             f"train.resources: nodes {train.resources.nodes} x tasks_per_node {train.resources.tasks_per_node}, but "
             f"the job was started with {task.world_size} ranks; set them to what the job has"
         )
-    cache = LatentCache(config.cache_dir)
+    cache = open_cache(config)
     mesh = megatron.start(task.rank, task.world_size, task.local_rank, tp=train.tp, sp=train.sp)
     try:
         with ops.chosen(config.ops):

@@ -33,6 +33,7 @@ from sorahpc.data.batches import Batches
 from sorahpc.data.clips import ClipCache
 from sorahpc.data.decode import ClipPlan, decode, plan_clip
 from sorahpc.data.holdout import limit_of, place_of
+from sorahpc.data.keys import check_unchanged
 from sorahpc.data.manifest import MANIFEST, Video, read_manifest, read_rows
 from sorahpc.distributed.mesh import any_rank, init_process_group, pick_device
 from sorahpc.errors import ConfigError, DataError, NumericsError, Stopped
@@ -73,7 +74,11 @@ def run(config: Config, task: Task) -> None:
                 "%d of the clips held out may be among those that %s (train_vae.init) was trained on: with the same "
                 "videos and train_vae.holdout_clips, or fewer, they would not", doubtful, spec.init,
             )  # fmt: skip
-        load = lambda i: decode(videos[i].path, _plan_one(videos[i], config.clip, vae))  # noqa: E731
+
+        def load(i: int) -> np.ndarray:
+            check_unchanged(videos[i])  # else what was held out before may be learned under another's name
+            return decode(videos[i].path, _plan_one(videos[i], config.clip, vae))
+
         threads = max(1, spec.resources.cpus_per_task)
         with ClipCache(load, int(spec.cache_gb * 1e9), threads) as clips:
             learned = {i: shape for i, shape in enumerate(shapes) if place_of(videos[i]) >= limit}

@@ -31,6 +31,7 @@ from sorahpc.data.captions import (
     write_item,
 )
 from sorahpc.data.decode import ClipPlan, VideoError, decode
+from sorahpc.data.keys import check_unchanged
 from sorahpc.data.manifest import Video, shown
 from sorahpc.errors import ConfigError, Stopped
 from sorahpc.models.endpoint import Endpoint
@@ -229,7 +230,7 @@ class Question:
     subject: str
     original: str
     prompt: str
-    path: str
+    video: Video | None  # None of a prompt
     frames: ClipPlan | None
 
 
@@ -244,18 +245,18 @@ def clip_question(config: Config, captioner: Captioner, video: Video, span_s: fl
         scale = min(1.0, math.sqrt(section.frame_area_px / (video.height * video.width)))
         height, width = (max(1, int(side * scale)) for side in (video.height, video.width))
         plan = ClipPlan(tuple(video.start_s + (i + 0.5) * span_s / count for i in range(count)), height, width)
-    return _question(section, captioner, video.key, video.caption, instruction_of(section), video.path, plan)
+    return _question(section, captioner, video.key, video.caption, instruction_of(section), video, plan)
 
 
 def prompt_question(section: CaptionConfig, captioner: Captioner, text: str) -> Question:
     """Of a prompt: of its text alone."""
     instruction = section.prompt_instruction or PROMPT_INSTRUCTION
-    return _question(section, captioner, "", " ".join(text.split()), instruction, "", None)
+    return _question(section, captioner, "", " ".join(text.split()), instruction, None, None)
 
 
 def _question(
-    section: CaptionConfig, captioner: Captioner, subject: str, original: str, instruction: str, path: str,
-    plan: ClipPlan | None,
+    section: CaptionConfig, captioner: Captioner, subject: str, original: str, instruction: str,
+    video: Video | None, plan: ClipPlan | None,
 ) -> Question:  # fmt: skip
     prompt = instruction.replace("{caption}", captioner.plain(original))
     fields = ("max_new_tokens", "temperature", "attempts", "min_chars", "max_chars", "seed")
@@ -264,16 +265,19 @@ def _question(
         "frames": [list(plan.times_s), plan.height, plan.width] if plan else None,
         **{field: getattr(section, field) for field in fields},
     }  # fmt: skip
-    return Question(config_hash(decides), subject, original, prompt, path, plan)
+    return Question(config_hash(decides), subject, original, prompt, video, plan)
 
 
 def ask(section: CaptionConfig, captioner: Captioner, question: Question) -> Item:
-    """Ask until an answer is accepted, at most `caption.attempts` times. A video that can't be decoded is an item with
-    that reason."""
+    """Ask until an answer is accepted, at most `caption.attempts` times. A video that can't be decoded, or is another
+    since prepare, is an item with that reason."""
     attempts: list[Attempt] = []
     caption = reason = ""
+    frames: list[np.ndarray] = []
     try:
-        frames = list(decode(question.path, question.frames)) if question.frames else []
+        if question.video and question.frames:
+            check_unchanged(question.video)
+            frames = list(decode(question.video.path, question.frames))
     except VideoError as error:
         reason = f"video: {error.reason}"
     while not caption and len(attempts) < section.attempts and not reason.startswith("video: "):
