@@ -37,7 +37,7 @@ import pyarrow.parquet as pq
 import torch
 
 from sorahpc.config import MAX_FPS, MIN_FPS
-from sorahpc.data.manifest import REJECTED, shown
+from sorahpc.data.manifest import REJECTED, ROWS_AT_ONCE, shown
 from sorahpc.data.parquet import read_table
 from sorahpc.data.samples import KEY, MAX_SIDE, pieces_of
 from sorahpc.data.shards import VERSION, Shard, read_shard
@@ -231,7 +231,7 @@ def build_index(folder: Path, shards: Sequence[str]) -> Summary | None:
     kinds = check_kinds(folder, info)
     made = assemble(folder, {name: read_shard(folder / name, *kinds) for name in shards}, kinds[1])
     buffer = io.BytesIO()
-    pq.write_table(made.table, buffer, compression="zstd")
+    pq.write_table(made.table, buffer, compression="zstd", row_group_size=ROWS_AT_ONCE)
     data = buffer.getvalue()
     try:
         if not (folder / INDEX).is_file() or (folder / INDEX).read_bytes() != data:
