@@ -10,8 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_decode import broken_files
-from videos import late_damage, numbered, recording, shots, write_video
+from videos import broken_files, late_damage, numbered, recording, shots, write_video
 
 from sorahpc.config import ClipConfig, Config
 from sorahpc.configfile import parse_config

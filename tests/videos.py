@@ -156,3 +156,39 @@ def claim_dolby_vision(path: Path, profile: int, compatibility: int) -> None:
     for at in (entry, *(data.index(box) - 4 for box in (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"stsd"))):
         data[at : at + 4] = struct.pack(">I", struct.unpack(">I", data[at : at + 4])[0] + len(record))
     path.write_bytes(data)
+
+
+def broken_files(folder: Path) -> dict[str, tuple[Path, str]]:
+    """Name -> (file, start of the reason)."""
+    whole = write_video(folder / "whole.mp4", numbered(96), faststart=True)
+    plain = write_video(folder / "plain.mp4", numbered(96))
+    mkv = write_video(folder / "whole.mkv", numbered(96))
+    webm = write_video(folder / "whole.webm", numbered(96), codec="libvpx-vp9", audio=True)
+    files = {
+        "truncated faststart": (cut(whole, folder / "1.mp4", 0.6), "truncated or corrupt: "),
+        "nearly whole": (cut(whole, folder / "2.mp4", 0.99), "truncated or corrupt: "),
+        "no index": (cut(plain, folder / "3.mp4", 0.6), "corrupt or truncated: an mp4 without its index"),
+        "truncated mkv": (cut(mkv, folder / "4.mkv", 0.6), "truncated"),
+        "truncated webm": (cut(webm, folder / "5.webm", 0.5), "truncated"),
+        "truncated avi": (
+            cut(write_video(folder / "whole.avi", numbered(96), codec="mpeg4"), folder / "8.avi", 0.5),
+            "truncated",
+        ),
+        "audio only mp4": (write_video(folder / "6.mp4", NOTHING, audio=True), "no video stream: only audio"),
+        "audio only webm": (write_video(folder / "7.webm", NOTHING, audio=True), "no video stream: only audio"),
+    }
+    for name, data, reason in [
+        ("empty", b"", "empty file"),
+        ("text", b"not a video\n" * 20, "not a video: a text file"),
+        ("html", b"<!DOCTYPE html><title>404</title>" + "é".encode() * 400, "not a video: a text file"),
+        ("playlist", f"#EXTM3U\n#EXTINF:1,\n{whole}\n#EXT-X-ENDLIST\n".encode(), "not a video: a text file"),
+        ("concat", f"ffconcat version 1.0\nfile {whole.name}\n".encode(), "not a video: a text file"),
+        ("zip", b"PK\3\4" + b"\0" * 500, "not a video: a zip archive"),
+        ("zeros", b"\0" * 5000, "not a video"),
+        ("noise", np.random.default_rng(0).bytes(5000), "not a video"),
+        ("one byte", b"\0", "not a video"),
+    ]:
+        path = folder / f"{name}.mp4"
+        path.write_bytes(data)
+        files[name] = (path, reason)
+    return files
