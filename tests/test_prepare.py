@@ -1,50 +1,22 @@
+"""prepare: a row a video, a reason for each that can't be used, and nothing looked at twice; captions of any kind."""
+
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 import json
 import logging
 import os
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
-from videos import broken_files, late_damage, numbered, recording, shots, write_video
+from prepare_jobs import by_name, config_for, looked_at, prepared, put
+from videos import broken_files, numbered, recording, write_video
 
-from sorahpc.config import ClipConfig, Config
 from sorahpc.configfile import parse_config
-from sorahpc.data.decode import ClipPlan, decode, plan_clip
-from sorahpc.data.manifest import Video, read_manifest
-from sorahpc.data.sources import look
 from sorahpc.data.toyworld import write_world
 from sorahpc.errors import ConfigError, DataError, Stopped
 from sorahpc.jobs import prepare
-from sorahpc.models.lengths import Lengths
 from sorahpc.runs import Task
-
-
-def config_for(videos: Path, captions: Path | None = None, cpus: int = 1) -> Config:
-    section = {"videos": str(videos), "captions": captions and str(captions), "resources": {"cpus_per_task": cpus}}
-    return parse_config({"run": "r", "runs_dir": str(videos.parent / "runs"), "prepare": section})
-
-
-def prepared(videos: Path, captions: Path | None = None, cpus: int = 1) -> list[Video]:
-    config = config_for(videos, captions, cpus)
-    prepare.run(config, Task(config.run_dir, "prepare"))
-    return read_manifest(config.run_dir / "manifest.parquet")
-
-
-def by_name(videos: list[Video], root: Path) -> dict[str, Video]:
-    return {os.path.relpath(v.path, root): v for v in videos}
-
-
-def put(path: Path, caption: str | bytes | None, source: bytes = b"") -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(source)
-    if caption is not None:
-        path.with_suffix(".txt").write_bytes(caption.encode() if isinstance(caption, str) else caption)
-    return path
 
 
 @pytest.fixture(scope="session")
@@ -61,10 +33,7 @@ def videos(tmp_path: Path) -> Path:
 @pytest.fixture
 def probes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the files that were probed."""
-    seen: list[str] = []
-    real = prepare.probe
-    monkeypatch.setattr(prepare, "probe", lambda path: seen.append(os.path.basename(path)) or real(path))
-    return seen
+    return looked_at(monkeypatch, "probe")
 
 
 def test_recordings_and_renders_become_rows(videos: Path) -> None:
@@ -261,6 +230,25 @@ def test_nothing_usable_is_an_error_that_says_what_was_found(videos: Path) -> No
         prepare.run(parse_config({"run": "r"}), Task(videos, "prepare"))
 
 
+def test_a_folder_that_is_deleted_while_videos_are_looked_for_is_said(
+    videos: Path, clip: bytes, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    put(videos / "a.mp4", "a caption", clip)
+    put(videos / "old/b.mp4", "a caption", clip)
+    real = os.walk
+
+    def walk(root: Path, **how: object) -> object:
+        for folder, folders, names in real(root, **how):
+            if os.path.basename(folder) == "old":
+                shutil.rmtree(folder)
+            yield folder, folders, names
+
+    monkeypatch.setattr(prepare.os, "walk", walk)
+    rows = prepared(videos)
+    assert [os.path.basename(v.path) for v in rows] == ["a.mp4"]
+    assert f"can't look into folder {videos / 'old'}: No such file or directory" in caplog.text
+
+
 # --- a captions file -------------------------------------------------------------------------------------------------
 
 
@@ -346,313 +334,3 @@ def test_a_captions_file_that_can_not_be_read_is_one_error(
     assert message in str(caught.value) and name in str(caught.value) and "\n" not in str(caught.value)
     with pytest.raises(DataError, match=r"prepare\.captions: .*: can't read it: No such file"):
         prepared(videos, videos.parent / "missing.jsonl")
-
-
-# --- measures, filters and scenes ------------------------------------------------------------------------------------
-
-
-def with_section(videos: Path, task: Task | None = None, **section: object) -> list[Video]:
-    config = parse_config(
-        {"run": "r", "runs_dir": str(videos.parent / "runs"), "prepare": {"videos": str(videos), **section}}
-    )
-    prepare.run(config, task or Task(config.run_dir, "prepare"))
-    return read_manifest(config.run_dir / "manifest.parquet")
-
-
-@pytest.fixture
-def measures(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the files that were decoded."""
-    seen: list[str] = []
-    real = prepare.measure
-    monkeypatch.setattr(prepare, "measure", lambda path, *how: seen.append(os.path.basename(path)) or real(path, *how))
-    return seen
-
-
-def kinds_of_videos(videos: Path) -> None:
-    """still, moving, black, small, long, and a copy of moving at another size and quality."""
-    noise = np.random.default_rng(0).integers(60, 200, (8, 8, 3), dtype=np.uint8)
-    picture = noise.repeat(16, 0).repeat(16, 1)
-    moving = np.stack([np.roll(picture, 16 * t, 1) for t in range(8)])
-    for name, frames, how in [
-        ("still", np.stack([picture] * 8), {}), ("moving", moving, {}), ("black", np.zeros_like(moving), {}),
-        ("small", moving[:, ::4, ::4], {}), ("long", np.concatenate([moving[::-1]] * 4), {}),
-        ("copy", moving[:, ::2, ::2], {"options": {"crf": "35"}}),
-    ]:  # fmt: skip
-        write_video(videos / f"{name}.mp4", frames, **how)
-        (videos / f"{name}.txt").write_text(f"a caption of {name}")
-
-
-def test_each_filter_rejects_its_own_and_filtering_again_decodes_nothing(videos: Path, measures: list[str]) -> None:
-    kinds_of_videos(videos)
-    names = ["black", "copy", "long", "moving", "small", "still"]
-    plain = with_section(videos)
-    assert [os.path.basename(v.path)[:-4] for v in plain] == names and all(v.ok and v.measured for v in plain)
-    assert sorted(measures) == [f"{n}.mp4" for n in names]
-    measures.clear()
-    found = {os.path.basename(v.path)[:-4]: v for v in plain}
-    assert found["black"].black == 1 and found["moving"].black == 0 and found["black"].luma < 2
-    assert found["still"].motion < 0.3 < 10 < found["moving"].motion and found["still"].static == 1
-    for filters, expected in [
-        ({"min_side_px": 64}, {"small": "small picture: 32 px, under prepare.filters.min_side_px=64"}),
-        ({"max_duration_s": 2}, {"long": "long clip: 4 s, over prepare.filters.max_duration_s=2"}),
-        (
-            {"min_duration_s": 2},
-            {n: "short clip: 1 s, under prepare.filters.min_duration_s=2" for n in names if n != "long"},
-        ),
-        ({"max_black": 0.9}, {"black": "black: 1.000 of its pixels, over prepare.filters.max_black=0.9"}),
-        ({"min_motion": 1}, {n: f"little motion: {found[n].motion:.3g} levels, under prepare.filters.min_motion=1"
-                             for n in ("black", "still")}),
-        ({"max_motion": 1}, {n: f"much motion: {found[n].motion:.3g} levels, over prepare.filters.max_motion=1"
-                             for n in ("copy", "long", "moving", "small")}),
-        ({"max_static": 0.9}, dict.fromkeys(
-            ("black", "still"), "static: 1.000 of it, over prepare.filters.max_static=0.9")),
-    ]:  # fmt: skip
-        rows = with_section(videos, filters=filters)
-        assert {os.path.basename(v.path)[:-4]: v.reason for v in rows if not v.ok} == expected, filters
-    rows = with_section(videos, filters={"near_duplicate_bits": 23, "min_side_px": 40})
-    reasons = {os.path.basename(v.path)[:-4]: v.reason for v in rows if not v.ok}
-    assert set(reasons) == {"moving", "small"}  # the copy comes first; what a filter rejects is compared with nothing
-    first, rest = reasons["moving"].split(" bits from ")
-    assert first.startswith("near duplicate: ") and int(first[16:]) <= 23
-    assert rest == f"{videos}/copy.mp4, prepare.filters.near_duplicate_bits=23"
-    assert with_section(videos) == plain and measures == []
-
-
-@pytest.fixture(scope="session")
-def shot(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """Three seconds of one scene."""
-    picture = np.random.default_rng(1).integers(60, 200, (8, 8, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
-    path = tmp_path_factory.mktemp("shot") / "a.mp4"
-    return write_video(path, np.stack([np.roll(picture, t, 1) for t in range(24)])).read_bytes()
-
-
-def test_keys_are_those_of_a_manifest_without_measures(videos: Path, shot: bytes, measures: list[str]) -> None:
-    put(videos / "a.mp4", "a caption", shot)
-    (unmeasured,) = with_section(videos, measure=False)
-    assert measures == [] and not unmeasured.measured
-    assert unmeasured.key == hashlib.sha256(shot + b"a caption").hexdigest()[:16]
-    (row,) = with_section(videos)
-    assert measures == ["a.mp4"] and row.measured
-    assert dataclasses.replace(row, luma=None, black=None, motion=None, static=None, hash=None) == unmeasured
-    (cut,) = with_section(videos, scenes={"min_s": 0.1})
-    assert cut == row  # a video of one scene is whole
-    assert with_section(videos) == [row]
-    measures.clear()
-    assert with_section(videos, measure=False) == [row] and measures == []
-
-
-def test_a_video_becomes_a_row_a_scene(videos: Path, shot: bytes, caplog: pytest.LogCaptureFixture) -> None:
-    path = shots(videos / "b.mp4", (16, 24, 4, 20))
-    (videos / "b.txt").write_text("four shots")
-    put(videos / "a.mp4", "one shot", shot)
-    with caplog.at_level(logging.INFO):
-        rows = with_section(videos, scenes={"min_s": 1})
-    assert f"{path}: 3 clips; left out: 1 scene under prepare.scenes.min_s=1" in caplog.messages
-    cut = [v for v in rows if v.path == str(path)]
-    assert [(v.start_s, v.end_s, v.frames, v.fps) for v in cut] == [(0, 2, 16, 8), (2, 5, 24, 8), (5.5, 8, 20, 8)]
-    assert len({v.key for v in rows}) == 4 and all(v.ok and v.measured and v.caption == "four shots" for v in cut)
-    digest = hashlib.sha256(path.read_bytes() + b"four shots" + b"\0002.000000\0005.000000")
-    assert cut[1].key == digest.hexdigest()[:16]
-
-    def plan(video: Video) -> ClipPlan:
-        return plan_clip(video, ClipConfig(max_frames=97), stride=(1, 8, 8), patch=(1, 1, 1), lengths=Lengths(1, 1))
-
-    whole = decode(path, ClipPlan(tuple(i / 8 for i in range(64)), 64, 64))
-    for video, (first, last) in zip(cut, [(0, 16), (16, 40), (44, 64)], strict=True):
-        assert plan(video).times_s == tuple(i / 8 for i in range(first, last))
-        assert (decode(path, plan(video)) == whole[first:last]).all()
-
-
-def test_cutting_otherwise_keeps_places_and_looks_again(videos: Path, shot: bytes, measures: list[str]) -> None:
-    path = shots(videos / "a.mp4", (16, 24, 4, 20))
-    (videos / "a.txt").write_text("four shots")
-    put(videos / "b.mp4", "one shot", shot)
-    names = lambda rows: [(os.path.basename(v.path), v.start_s, v.ok) for v in rows]  # noqa: E731
-    whole = with_section(videos)
-    assert names(whole) == [("a.mp4", 0, True), ("b.mp4", 0, True)]
-    cut = with_section(videos, scenes={"min_s": 1})
-    assert names(cut) == [("a.mp4", 0, True), ("b.mp4", 0, True), ("a.mp4", 2, True), ("a.mp4", 5.5, True)]
-    measures.clear()
-    assert with_section(videos, scenes={"min_s": 1}) == cut and measures == []
-    (videos / "a.txt").write_text("some shots")
-    said = with_section(videos, scenes={"min_s": 1})
-    assert measures == [] and [v.start_s for v in said] == [v.start_s for v in cut]
-    assert said[2].key == hashlib.sha256(path.read_bytes() + b"some shots\0002.000000\0005.000000").hexdigest()[:16]
-    less = with_section(videos, scenes={"min_s": 2.1})
-    assert names(less) == [("a.mp4", 2, True), ("b.mp4", 0, True), ("a.mp4", 5.5, True), ("a.mp4", 5.5, False)]
-    assert less[3].reason == prepare.NOT_CUT_SO and sorted(measures) == ["a.mp4", "b.mp4"]
-    with pytest.raises(DataError, match=r"none of 4 .*no scene: 4 scenes under prepare\.scenes\.min_s=9, and no other"):
-        with_section(videos, scenes={"min_s": 9})
-    (videos / "a.txt").write_text("four shots")
-    back = with_section(videos)
-    assert back[:2] == whole and [v.reason for v in back[2:]] == [prepare.NOT_CUT_SO] * 2
-
-
-def test_a_video_that_can_not_be_decoded_through_is_named(videos: Path, clip: bytes) -> None:
-    put(videos / "a.mp4", "fine", clip)
-    put(videos / "b.mp4", "broken", late_damage(videos.parent))
-    rows = with_section(videos)
-    assert rows[0].ok and rows[1].reason.startswith("corrupt: ") and rows[1].frames == 0
-    assert with_section(videos, measure=False) == rows  # what is known stays known
-
-
-@pytest.mark.parametrize(
-    ("section", "message"),
-    [
-        ({"measure": False, "scenes": {}}, "prepare.measure: expected true, which scenes needs"),
-        (
-            {"measure": False, "filters": {"max_black": 0.5}},
-            "prepare.measure: expected true, which filters.max_black needs",
-        ),
-        (
-            {"filters": {"min_motion": 2, "max_motion": 1}},
-            "prepare.filters.min_motion: expected at most max_motion = 1, not 2",
-        ),
-        ({"filters": {"near_duplicate_bits": 24}}, "prepare.filters.near_duplicate_bits: expected "),
-        ({"filters": {"max_blakc": 0.5}}, "max_black"),
-    ],
-)
-def test_filters_that_can_not_be_are_refused(videos: Path, section: dict, message: str) -> None:
-    with pytest.raises(ConfigError) as caught:
-        with_section(videos, **section)
-    assert message in str(caught.value)
-
-
-# --- an array of tasks -----------------------------------------------------------------------------------------------
-
-
-def test_the_manifest_does_not_depend_on_the_number_of_tasks(videos: Path, clip: bytes, probes: list[str]) -> None:
-    for i in range(9):
-        put(videos / f"{i}.mp4", f"caption {i // 2}", clip)  # some of them are equal
-    put(videos / "text.mp4", "text", b"text")
-    run_dir = videos.parent / "runs/r"
-    one = with_section(videos)
-    for count, order in ((3, (2, 0, 1)), (20, range(20))):
-        shutil.rmtree(run_dir)
-        probes.clear()
-        for rank in order:
-            assert not (run_dir / "manifest.parquet").exists()
-            with_parts = Task(run_dir, "prepare", rank=rank, world_size=count)
-            try:
-                rows = with_section(videos, with_parts)
-            except DataError as error:  # read_manifest's: the other tasks are not done
-                assert "no such manifest" in str(error)
-        assert rows == one and sorted(probes) == sorted(os.path.basename(v.path) for v in one)
-    probes.clear()
-    assert with_section(videos) == one and probes == []  # another number of tasks knows what they found
-    assert [p.name for p in (run_dir / "prepare").iterdir()] == ["00000-of-00001.parquet"]
-
-
-def test_a_task_that_was_stopped_is_waited_for(videos: Path, clip: bytes, probes: list[str]) -> None:
-    for i in range(8):
-        put(videos / f"{i}.mp4", f"caption {i}", clip)
-    run_dir = videos.parent / "runs/r"
-
-    def videos_of(rank: int) -> int:
-        return len(list(look(videos, None, Task(run_dir, "prepare", rank=rank, world_size=2))))
-
-    # Whose videos they are follows from where they lie: of one task in 256 folders, none.
-    first, second = sorted((0, 1), key=videos_of, reverse=True)
-    stopped = Task(run_dir, "prepare", rank=first, world_size=2, stop_requested=lambda: True)
-    with pytest.raises(Stopped):
-        with_section(videos, stopped)
-    with pytest.raises(DataError, match="no such manifest"):
-        with_section(videos, Task(run_dir, "prepare", rank=second, world_size=2))
-    rows = with_section(videos, Task(run_dir, "prepare", rank=first, world_size=2))
-    assert len(rows) == 8 and all(v.ok for v in rows)
-    probes.clear()
-    put(videos / "9.mp4", "new", clip)
-    (videos / "3.mp4").unlink()
-    for rank in range(2):
-        rows = with_section(videos, Task(run_dir, "prepare", rank=rank, world_size=2))
-    assert [os.path.basename(v.path)[0] for v in rows] == list("012345679") and probes == ["9.mp4"]
-    assert [v.reason for v in rows] == [prepare.GONE if v.path.endswith("3.mp4") else "" for v in rows]
-
-
-def test_parts_that_another_task_deletes_between_listing_and_reading_are_in_its_manifest(
-    videos: Path, clip: bytes, probes: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for i in range(6):
-        put(videos / f"{i}.mp4", f"caption {i}", clip)
-    run_dir = videos.parent / "runs/r"
-    for rank in range(2):
-        config = config_for(videos)
-        prepare.run(config, Task(run_dir, "prepare", rank=rank, world_size=2))
-    expected = read_manifest(run_dir / "manifest.parquet")
-    (run_dir / "manifest.parquet").unlink()  # as if it had never been written
-    (run_dir / "prepare/00000-of-00009.parquet").symlink_to("deleted")  # listed, and gone when it is looked at
-    real = prepare.read_rows
-    others: list[Path] = []
-
-    def meanwhile(path: Path) -> object:
-        if not others:
-            others.append(path)
-            prepare.run(config, Task(run_dir, "prepare"))  # all in one task: it takes what the two found
-        return real(path)
-
-    monkeypatch.setattr(prepare, "read_rows", meanwhile)
-    probes.clear()
-    prepare.run(config, Task(run_dir, "prepare", rank=0, world_size=3))
-    assert others[0].name.endswith("-of-00002.parquet") and not others[0].exists()
-    for rank in (1, 2):
-        prepare.run(config, Task(run_dir, "prepare", rank=rank, world_size=3))
-    assert read_manifest(run_dir / "manifest.parquet") == expected and probes == []
-
-
-def test_a_part_that_is_deleted_while_all_are_read_is_waited_for(
-    videos: Path, clip: bytes, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for i in range(6):
-        put(videos / f"{i}.mp4", f"caption {i}", clip)
-    run_dir = videos.parent / "runs/r"
-    tasks = [Task(run_dir, "prepare", rank=rank, world_size=2) for rank in range(2)]
-    prepare.run(config_for(videos), tasks[0])
-    real = prepare._all_parts
-
-    with monkeypatch.context() as patch:
-
-        def meanwhile(folder: Path, *how: object) -> object:
-            listed = os.listdir(folder)
-            (folder / "00000-of-00002.parquet").unlink()
-            patch.setattr(prepare.os, "listdir", lambda _: listed)
-            return real(folder, *how)
-
-        patch.setattr(prepare, "_all_parts", meanwhile)
-        prepare.run(config_for(videos), tasks[1])
-    assert not (run_dir / "manifest.parquet").exists()
-    prepare.run(config_for(videos), tasks[0])
-    assert len(read_manifest(run_dir / "manifest.parquet")) == 6
-
-
-def test_a_folder_that_is_deleted_while_videos_are_looked_for_is_said(
-    videos: Path, clip: bytes, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    put(videos / "a.mp4", "a caption", clip)
-    put(videos / "old/b.mp4", "a caption", clip)
-    real = os.walk
-
-    def walk(root: Path, **how: object) -> object:
-        for folder, folders, names in real(root, **how):
-            if os.path.basename(folder) == "old":
-                shutil.rmtree(folder)
-            yield folder, folders, names
-
-    monkeypatch.setattr(prepare.os, "walk", walk)
-    rows = prepared(videos)
-    assert [os.path.basename(v.path) for v in rows] == ["a.mp4"]
-    assert f"can't look into folder {videos / 'old'}: No such file or directory" in caplog.text
-
-
-def test_parts_that_an_earlier_run_cut_otherwise_are_not_taken_for_those_of_this_one(videos: Path) -> None:
-    for i in range(3):
-        shots(videos / f"{i}.mp4", (16, 24))
-        (videos / f"{i}.txt").write_text(f"caption {i}")
-    tasks = [Task(videos.parent / "runs/r", "prepare", rank=rank, world_size=2) for rank in (0, 1)]
-    with pytest.raises(DataError, match="no such manifest"):
-        with_section(videos, tasks[0])
-    whole = with_section(videos, tasks[1])
-    assert len(whole) == 3
-    # One is done before the other begins, as tasks that a cluster starts one by one are.
-    assert with_section(videos, tasks[0], scenes={"min_s": 1}) == whole
-    rows = with_section(videos, tasks[1], scenes={"min_s": 1})
-    assert [(v.start_s, v.ok) for v in rows] == [(0, True)] * 3 + [(2, True)] * 3
