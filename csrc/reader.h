@@ -138,14 +138,16 @@ struct ReadResult {
 };
 
 // With its crc, a request is read in blocks that are still in the core's own cache when they are summed. The kernel reads
-// ahead by what is asked for: a disk is told of the whole request before the first block.
-constexpr int64_t kCrcBlock = 256 << 10;
+// ahead by what is asked for, which then is too little: so what is not in memory it is told of ahead of these blocks, but
+// not of all of a long request at once, whose first block would wait for the pages of the last.
+constexpr int64_t kCrcBlock = 256 << 10, kToldAhead = 4 << 20;
 // Starting a thread costs 10 to 20 us, in which one core copies this much out of the page cache.
 constexpr int64_t kBytesWorthAThread = 512 << 10;
 
 inline ReadResult read_one(const ReadRequest& request, unsigned char* out, crc::Update update) {
   ReadResult result{0, 0, 0};
   uint32_t c = ~0u;
+  int64_t told = request.nbytes;
   if (update && request.nbytes > kCrcBlock) {
     iovec first{out + request.at, size_t(kCrcBlock)};
     const ssize_t got = ::preadv2(int(request.fd), &first, 1, off_t(request.offset), RWF_NOWAIT);
@@ -153,10 +155,14 @@ inline ReadResult read_one(const ReadRequest& request, unsigned char* out, crc::
       c = update(c, out + request.at, size_t(got));
       result.done = got;
     }
-    // Not all of it in memory, or a file system that doesn't say.
-    if (got < kCrcBlock) ::posix_fadvise(int(request.fd), request.offset, request.nbytes, POSIX_FADV_WILLNEED);
+    if (got < kCrcBlock) told = result.done;  // not all of it in memory, or a file system that doesn't say
   }
   while (result.done < request.nbytes) {
+    if (told < request.nbytes && told <= result.done + kToldAhead / 2) {
+      const int64_t end = std::min(result.done + kToldAhead, request.nbytes);
+      ::posix_fadvise(int(request.fd), request.offset + told, end - told, POSIX_FADV_WILLNEED);
+      told = end;
+    }
     const int64_t left = request.nbytes - result.done;
     const size_t want = size_t(update ? std::min(left, kCrcBlock) : left);
     unsigned char* to = out + request.at + result.done;
