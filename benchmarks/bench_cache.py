@@ -1,11 +1,13 @@
 """D1: samples out of a cache at random, beside raw preadv and other ways to keep them.
 
-python benchmarks/bench_cache.py                        32 KB to 16 MB, warm and cold; about two minutes
+python benchmarks/bench_cache.py                        32 KB to 16 MB, warm and cold; four minutes
 python benchmarks/bench_cache.py --only 0.5 --rounds 15
 
-All candidates of a size hold the same bytes, and take turns in one process. A read is of one sample, in the same random
-order; ours and raw preadv read batches of 4 MB, or of two samples, into a buffer that is used again, as the others'
-memory is by malloc. Cold is after POSIX_FADV_DONTNEED on the candidate's files. Rows go to
+All candidates of a size hold the same bytes, and take turns in one process, in another order each round. A read is of
+one sample, in the same random order, none twice: the second time it would be warm. Ours and raw preadv read batches of
+4 MB, or of two samples, into a buffer that is used again, as the others' memory is by malloc. Warm is the best of four
+reads in a row: who comes after one with other memory finds its own gone from the CPU's caches. Cold is one read, after
+POSIX_FADV_DONTNEED on the candidate's files. The median over rounds counts. Rows go to
 benchmarks/results/cache_<date>_<device>.csv, replacing those of the same size.
 """
 
@@ -40,10 +42,11 @@ from sorahpc.profiling.machine import commit_of_this, device_name, now_utc, slug
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SIZES = {"0.03": (16, 1, 32, 32), "0.5": (16, 4, 64, 64), "4": (16, 8, 128, 128), "16": (16, 32, 128, 128)}
-TOTAL_BYTES = 128 << 20  # a size's samples: more than the caches of the CPU
-READ_BYTES = 64 << 20  # a measurement
+TOTAL_BYTES = 512 << 20  # a size's samples: more than the caches of the CPU
+READ_BYTES = 64 << 20  # a measurement: so few of them that what a kernel reads beyond a sample is seldom of use
 BATCH_BYTES = 4 << 20
-READS = (16, 1024)  # at least and at most
+READS = (8, 1024)  # at least and at most
+WARM_READS = 4
 FIELDS = ["date", "device", "versions", "commit", "sample_kb", "state", "candidate"]
 FIELDS += ["median_mb_s", "samples_s", "of_preadv", "x_h5py_slicing"]
 
@@ -197,31 +200,36 @@ def main() -> None:
     print(out)
 
 
+def timed(read: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    read()
+    return time.perf_counter() - start
+
+
 def measure(folder: Path, shape: tuple[int, ...], rounds: int) -> list[dict[str, Any]]:
     rng = np.random.default_rng(0)
     nbytes = 2 * int(np.prod(shape))
-    count = max(TOTAL_BYTES // nbytes, 8)
+    count = max(TOTAL_BYTES // nbytes, READS[0])
     data = rng.integers(0, 2**15, (count, *shape), np.uint16).view(np.float16)
-    order = rng.integers(0, count, int(np.clip(READ_BYTES // nbytes, *READS))).tolist()
+    order = rng.permutation(count)[: int(np.clip(READ_BYTES // nbytes, *READS))].tolist()
     ways = candidates(folder, data, order)
     for path in folder.rglob("*"):
         if path.is_file():
             with open(path, "rb") as file:
                 os.fsync(file.fileno())  # a page that is not on disk yet can't be dropped
     rows = []
-    for state, times in (("warm", rounds), ("cold", max(rounds // 2, 1))):
+    for state in ("warm", "cold"):
         took: dict[str, list[float]] = {name: [] for name in ways}
-        for _ in range(times):
-            for name, (read, paths) in ways.items():
+        for _ in range(rounds):
+            for name in rng.permutation(list(ways)).tolist():
+                read, paths = ways[name]
                 if state == "cold":
                     if name in ("safetensors", "lmdb"):
                         continue  # their pages stay, being mapped: what would be measured is warm
                     for path in paths:
                         with open(path, "rb") as file:
                             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-                start = time.perf_counter()
-                read()
-                took[name].append(time.perf_counter() - start)
+                took[name].append(min(timed(read) for _ in range(WARM_READS if state == "warm" else 1)))
         best = {name: median(t) for name, t in took.items() if t}
         for name, t in best.items():
             rows.append(
