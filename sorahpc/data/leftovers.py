@@ -19,8 +19,6 @@ from sorahpc.runs import read_state
 
 LEFT_AFTER_S = 86400.0
 STALE_PART_S = 3600.0
-
-
 # Of a shard; of a smaller file, as `atomic_write` names it.
 _UNFINISHED = re.compile(r"(?P<host>.+)\.(?P<pid>\d+)(?:\.part|\.\d+\.tmp)", re.ASCII)
 

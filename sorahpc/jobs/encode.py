@@ -373,15 +373,20 @@ def cache_info(
 def _encode(video: Video, ready: Future[_Ready], fps: float, vae: Vae, writer: ShardWriter) -> Record:
     try:
         clip = ready.result()
-        latent = vae.encode(clip.pixels)
+        latent = _latent(video, clip.pixels, vae)
         first, *second = clip.captions
         return writer.pack(video.key, latent, clip.texts, first, fps, video.path, clip.decoder, *second)
     except DataError as error:
         reason = error.reason if isinstance(error, VideoError) else str(error)
         log.warning("rejected %s: %s%s", shown(video.path), reason, " (tried twice)" if may_pass_soon(reason) else "")
         return rejection(video.key, video.path, reason)
-    except torch.OutOfMemoryError as error:  # of this GPU, by these settings: other clips of the size would end so too
-        frames, height, width, _ = clip.pixels.shape
+
+
+def _latent(video: Video, pixels: np.ndarray, vae: Vae) -> torch.Tensor:
+    try:
+        return vae.encode(pixels)
+    except torch.OutOfMemoryError as error:  # by these settings: other clips of the size would end so too
+        frames, height, width, _ = pixels.shape
         raise SetupError(
             f"vae.tiling: {shown(video.path)}: the VAE lacks GPU memory for {frames} frames of {height}x{width} px "
             f"({str(error).splitlines()[0]}); what was encoded is kept. Take a GPU with more, or begin a cache anew "
