@@ -127,3 +127,47 @@ def test_a_cache_whose_index_another_run_has_built_is_not_taken_for_ones_own(
     shutil.copytree(tmp_path, tmp_path / "elsewhere", ignore=shutil.ignore_patterns("elsewhere"))
     (mine.run_dir / "jobs/encode/index.json").write_text('{"cache": 1, "shards": [{}]}')
     assert len(indexing.open_cache(merged)) == len(indexing.open_cache(mine))
+
+
+def test_an_encode_that_did_not_end_leaves_the_run_knowing_its_index_from_anothers(
+    world: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    mine, other = (
+        prepared(world, f"unended_{i}", encode={"clips_per_shard": 3, "cache": str(tmp_path)}) for i in (0, 1)
+    )
+    rows = read_manifest(mine.run_dir / "manifest.parquet")
+    write_manifest(mine.run_dir / "manifest.parquet", rows[6:])
+    write_manifest(other.run_dir / "manifest.parquet", rows[:6])
+    encode.run(other, task(other))
+    assert len(indexing.open_cache(mine)) == 5  # of its own it has encoded nothing: a cache that it was given
+    real = indexing.build_index
+    for told, grown in (("first", rows[6:12]), ("topped_up", rows[6:])):
+        write_manifest(mine.run_dir / "manifest.parquet", grown)
+        encode.run(other, task(other))
+        monkeypatch.setattr(indexing, "build_index", lambda *args: os.kill(os.getpid(), signal.SIGKILL))
+        killed = start(mine, 0, 1, tmp_path / told)
+        killed.join(60)
+        assert killed.exitcode == -signal.SIGKILL
+        with pytest.raises(DataError, match=f"{INDEX}: expected the 2 shards of this .* found 2, 2 of them of others"):
+            indexing.open_cache(mine)
+        monkeypatch.setattr(indexing, "build_index", real)
+        encode.run(mine, task(mine))
+        assert not set(indexing.open_cache(mine).keys) & {row.key for row in rows[:6]}
+
+
+def test_an_index_that_a_top_up_could_not_write_leaves_the_one_before_in_use(
+    world: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = prepared(world, "not_topped_up")
+    rows = read_manifest(config.run_dir / "manifest.parquet")
+    write_manifest(config.run_dir / "manifest.parquet", rows[:4])
+    encode.run(config, task(config))
+    write_manifest(config.run_dir / "manifest.parquet", rows)  # its second shard replaces the one of a single clip
+
+    def full(*args: object) -> None:
+        raise DataError("No space left on device")
+
+    monkeypatch.setattr(indexing, "build_index", full)
+    with pytest.raises(DataError, match="No space left"):
+        encode.run(config, task(config))
+    assert len(indexing.open_cache(config)) == 3 and "are not in it" not in caplog.text

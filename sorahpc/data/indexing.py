@@ -56,8 +56,10 @@ def _told(run_dir: Path) -> Path:
 class PlanIndex:
     """The index of the plan's shards, which one task of a launch builds, as it reads them all.
 
-    jobs/encode/index.json says which index.parquet the tasks of which launch have built, of which shards, or why they
-    can't. Another launch builds it anew: it can't know what became of the shards since.
+    jobs/encode/index.json says which index.parquet the tasks of which launch have built, or why they can't. Another
+    launch builds it anew: it can't know what became of the shards since. It also says of which shards, in which folder,
+    the run's last index is, which outlives what a killed or failed launch leaves: an index there is still that one's,
+    or another run's. Where there was none yet, these are the shards that it shall be of.
     """
 
     def __init__(self, task: Task, folder: Path, plan: list[PlannedShard]) -> None:
@@ -68,10 +70,9 @@ class PlanIndex:
 
     def forget(self) -> None:
         """To be called before a shard is put where none was. Raises DataError."""
-        try:
-            self.told.unlink(missing_ok=True)
-        except OSError as error:
-            raise self._fault(error) from None
+        told = read_json(self.told)
+        if told is None or "launch" in told:
+            self._tell(self._last())
 
     def finish(self, claims: Claims) -> bool:
         """Build it, or wait for another task that does. Returns whether it was this one.
@@ -112,16 +113,24 @@ class PlanIndex:
         return [found.st_size, found.st_mtime_ns]
 
     def _build(self) -> None:
-        told: dict[str, Any] = {
-            "launch": self.task.launch, "plan": self.name, "cache": str(self.folder.resolve()), "shards": self.shards,
-        }  # fmt: skip
+        told = {"launch": self.task.launch, "plan": self.name}
         try:
             summary = build_index(self.folder, self.shards)
             self._check(summary)
         except DataError as error:
-            self._tell({**told, "fault": str(error)})  # or each of them would read all shards to find it
+            self._tell(
+                {**self._last(), **told, "fault": str(error)}
+            )  # or each of them would read all shards to find it
             raise
-        self._tell({**told, "index": self._stamp()})
+        self._tell({**self._planned(), **told, "index": self._stamp()})
+
+    def _planned(self) -> dict[str, Any]:
+        return {"cache": str(self.folder.resolve()), "shards": self.shards}
+
+    def _last(self) -> dict[str, Any]:
+        planned, told = self._planned(), read_json(self.told) or {}
+        same = told.get("cache") == planned["cache"] and "shards" in told
+        return {name: told[name] for name in planned} if same else planned
 
     def _tell(self, told: dict[str, Any]) -> None:
         try:
