@@ -79,6 +79,9 @@ REFUSALS = [
     "我无法根据提供的画面生成描述，因为这些画面不够清楚，请重新上传更清晰的视频，我会尽快为您写出一段完整而详细的文字说明。",
     "申し訳ありませんが、この動画の内容を説明することはできません。別の動画を提供していただければ、喜んで詳しい説明を書かせていただきます。",
     "죄송하지만 제공된 프레임만으로는 영상의 내용을 자세히 설명할 수 없습니다. 다른 영상을 올려 주세요.",
+    "作为人工智能助手，我没有办法看到视频中的画面，请您用文字描述其中的人物、动作和场景，我会根据您的描述写出一段完整而详细的说明。",
+    "作為一個大型語言模型，我沒有辦法看到影片中的畫面，請您用文字描述其中的人物、動作和場景，我會根據您的描述寫出一段完整的說明。",
+    "미안하지만 이 영상의 장면을 볼 수 없기 때문에 자세한 설명을 쓸 수 없습니다. 다른 영상을 올려 주세요.",
     "Es tut mir leid, aber ich kann zu diesem Video keine Beschreibung verfassen, da die Bilder nicht zu sehen sind.",
     "Leider kann ich die Bilder nicht ansehen und darum auch nicht sagen, was sich in diesem Video bewegt und wohin.",
     "Désolé, je ne peux pas décrire cette vidéo, car les images que vous avez envoyées ne me sont pas accessibles.",
@@ -148,6 +151,12 @@ CAPTIONS_OF_PEOPLE = [
     "Leidenschaftlich tanzt ein Paar in roten Kleidern über einen Platz; Menschen stehen im Kreis und klatschen.",
     "Désolée et déserte, une plage grise s'étend sous la pluie; un chien court vers la gauche, la caméra le suit.",
     "Una mujer dice lo siento a un niño que llora; se arrodilla a su lado sobre la acera mojada y le da un pañuelo.",
+    "作为背景的Dubai天际线在夕阳下闪闪发光，一辆红色跑车沿着海滨公路飞驰而过，镜头从空中缓缓跟随，海浪轻轻拍打着沙滩，远处有几只海鸥。",
+    "抱歉地低下头的男孩站在教室门口，阳光从窗外洒进来，照亮了他的书包，镜头缓缓向他推近，背景里同学们小声交谈着，黑板上写满了字。",
+    "申し訳なさそうに頭を下げる男性が、雨の降る夜の街角に立っている。濡れたスーツが街灯の光を反射し、カメラはゆっくりと引いていく。",
+    "すみませんと言いながら女性が人混みをかき分けて進む。駅のホームは混雑していて、電車の光が窓に映り込み、カメラは彼女を追いかける。",
+    "미안한 표정을 지은 남자가 비 내리는 거리에서 고개를 숙이고, 카메라는 천천히 다가간다.",
+    "미안마의 황금빛 사원이 저녁 햇살에 빛난다. 승려들이 천천히 걸어가고 카메라는 올라간다.",
     "一个男孩低着头对母亲说抱歉，母亲蹲下身来抱住他，窗外的雨水顺着玻璃缓缓流下，房间里的灯光温暖而柔和，镜头慢慢地向他们推近。",
 ]
 GOOD = "A red ball rolls slowly over wet grass to the left; drops shine in the low sun, and the camera stays still."

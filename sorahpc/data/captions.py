@@ -75,10 +75,12 @@ _REFUSAL = re.compile(
     re.IGNORECASE,
 )
 # How models begin to refuse in the tongue that they know best. Openings alone: what such an answer says on, who knows.
+# People in a caption may look sorry, or say so; and Myanmar and Dubai begin or end as such words do.
 _REFUSAL_ELSEWHERE = re.compile(
-    r"(?:我?(?:很|非常|十分)?(?:抱歉|对不起|對不起)|我(?:无法|無法|不能)|作为(?:一个|一個)?.{0,6}(?:AI|人工智能|语言模型)"
-    r"|(?:大変)?申し訳|すみません|ごめんなさい"
-    r"|(?:정말 )?(?:죄송|미안)"
+    r"(?:我?(?:很|非常|十分)?(?:抱歉|对不起|對不起)(?!地)|我(?:无法|無法|不能)"
+    r"|作[为為].{0,8}?(?:(?<![a-z])AI|人工智[能慧]|[语語]言模型)(?:[，,、我]|[语語]言|模型|助[手理])"
+    r"|(?:大変)?申し訳(?!なさ)|(?:すみません|ごめんなさい)(?!と)"
+    r"|(?:정말 )?(?:죄송|미안)(?!한 |해하|마)"
     r"|(?:es )?tut (?:mir|uns) (?:sehr )?leid\b|(?:leider )?(?:kann|darf) ich\b"
     r"|ich (?:kann|darf) (?:\w+ )?(?:nicht|kein)"
     r"|(?:je suis )?(?:vraiment )?désolée?(?:[,.;!]| mais\b)|je ne (?:peux|suis)\b|malheureusement\b"
@@ -116,7 +118,7 @@ _MARKUP = re.compile(
 _QUOTES = {'"': '"', "“": "”", "«": "»", "「": "」"}
 _OVERRIDES = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")  # they reorder what a person reads
 _MIN_DISTINCT = 0.6  # of an answer's runs of three words: a text said twice has 0.5
-RULES = 3  # version of `judge` and `merge`: raise it when they take other answers
+RULES = 4  # version of `judge` and `merge`: raise it when they take other answers
 
 INSTRUCTION = (
     "Write a detailed caption for a short video clip, as training data for a text-to-video model. You are given the "
