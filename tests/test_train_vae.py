@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from vae_trainings import WAN_TINY, all_terms, configure, spec_of, write_lpips, write_wan
 
 from sorahpc.config import Config
+from sorahpc.data import keys
 from sorahpc.data.batches import Batches
 from sorahpc.data.clips import ClipCache
 from sorahpc.data.manifest import Video, read_manifest, write_manifest
@@ -235,6 +236,20 @@ def test_a_file_that_was_replaced_since_prepare_is_left_out(
     with pytest.raises(DataError, match=r"none of the .* clips of .* can be decoded; the log says why"):
         train_vae.run(config, Task(config.run_dir, "train-vae"))
     assert "left out: " in caplog.text and ".mp4: changed since prepare looked at it" in caplog.text
+
+
+def test_copies_of_another_time_are_read_through_once_however_often_their_clips_are_decoded(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = at(tmp_path, world, steps=20, cache_gb=0)
+    manifest = config.run_dir / "manifest.parquet"
+    write_manifest(manifest, [dataclasses.replace(v, mtime_ns=1) for v in read_manifest(manifest)])
+    keys._digest_at.cache_clear()  # of other tests
+    read: list[str] = []
+    digest_of = keys.digest_of
+    monkeypatch.setattr(keys, "digest_of", lambda path: (read.append(path), digest_of(path))[1])
+    train_vae.run(config, Task(config.run_dir, "train-vae"))
+    assert len(set(read)) > 8 and len(read) == len(set(read))
 
 
 def test_a_state_goes_on_under_its_own_settings_only_and_each_other_one_is_named(world: Path, tmp_path: Path) -> None:

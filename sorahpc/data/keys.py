@@ -52,6 +52,6 @@ def check_unchanged(video: Video) -> None:
     raise VideoError(video.path, CHANGED)
 
 
-@functools.lru_cache(8)  # the scenes of a video come one after the other
+@functools.lru_cache(1 << 16)  # a training takes the scenes of all videos in any order; 30 MB at the most
 def _digest_at(path: str, mtime_ns: int) -> hashlib._Hash:
     return digest_of(path)
