@@ -24,7 +24,7 @@ from sorahpc.config import Config, VaeConfig
 from sorahpc.configfile import parse_config
 from sorahpc.data.captions import CAPTIONS, caption_settings, known_items, read_captions, read_item, write_captions
 from sorahpc.data.latents import LatentCache
-from sorahpc.data.manifest import MANIFEST, read_manifest
+from sorahpc.data.manifest import MANIFEST, read_manifest, write_manifest
 from sorahpc.data.toyworld import write_world
 from sorahpc.errors import ConfigError, DataError, SetupError, Stopped
 from sorahpc.jobs import caption, encode, evaluate, prepare
@@ -154,6 +154,42 @@ def test_frames_are_seen_and_the_result_is_the_same_for_any_number_of_tasks(
     (bad,) = [v for v in read_manifest(config.run_dir / MANIFEST) if v.path.endswith(BROKEN)]
     assert found[bad.key].reason.startswith("video: changed since") and not found[bad.key].attempts
     assert f"clip {bad.key} keeps its caption: video: changed since" in caplog.text
+
+
+def test_a_clip_whose_file_was_away_or_another_one_is_asked_about_again_once_it_is_back(
+    world: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(world / "videos", tmp_path / "videos")
+    config = seeing(world, "file_away", min_chars=1, frames=1)
+    rows = [
+        dataclasses.replace(v, path=str(tmp_path / "videos" / Path(v.path).name))
+        for v in read_manifest(config.run_dir / MANIFEST)
+    ]
+    write_manifest(config.run_dir / MANIFEST, rows[:3])
+    away, other = (Path(row.path) for row in rows[:2])
+    away.rename(tmp_path / "away")
+    other.rename(tmp_path / "other")
+    other.write_bytes(b"?")
+
+    def reasons() -> list[str]:
+        caption.run(config, task(config))
+        found = [row.reason for row in read_captions(config.run_dir / CAPTIONS)[0][:2]]
+        return [reason if reason.startswith("video: ") else "" for reason in found]
+
+    changed = "video: changed since prepare looked at it: run prepare and encode again"
+    assert reasons() == ["video: no such file", changed] == reasons()
+    (tmp_path / "other").replace(other)
+    assert reasons() == ["video: no such file", ""]
+    (tmp_path / "away").rename(away)
+    assert reasons() == ["", ""]
+
+    again = seeing(world, "all_away", min_chars=1, frames=1)
+    write_manifest(again.run_dir / MANIFEST, rows[:3])
+    (tmp_path / "videos").rename(tmp_path / "elsewhere")
+    with pytest.raises(DataError, match=r"not one of 3 captions was accepted: .*: video: no such file"):
+        caption.run(again, task(again))
+    (tmp_path / "elsewhere").rename(tmp_path / "videos")
+    caption.run(again, task(again))
 
 
 def test_a_rerun_does_only_what_is_missing_and_reads_no_weights_for_nothing(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -19,16 +20,19 @@ from sorahpc.data.captions import (
     CAPTIONS,
     ITEMS,
     Item,
+    Row,
     caption_settings,
+    item_path,
     known_items,
     merge,
+    read_captions,
     read_item,
     write_captions,
 )
-from sorahpc.data.decode import VideoError, plan_clip
+from sorahpc.data.decode import VideoError, may_pass, plan_clip
 from sorahpc.data.manifest import MANIFEST, Video, read_manifest, shown
 from sorahpc.errors import DataError, Stopped
-from sorahpc.models.captioner import ask_all, clip_question, load_captioner
+from sorahpc.models.captioner import OF_VIDEO, ask_all, clip_question, load_captioner
 from sorahpc.models.vae import read_rule
 from sorahpc.runs import Task
 
@@ -59,6 +63,8 @@ def run(config: Config, task: Task) -> None:
     questions = [clip_question(config, captioner, video, span_s(video)) for video in videos]
     known = known_items(folder)
     mine = questions[task.rank :: task.world_size]
+    away = {row.item for row in _last_table(config) if _of_file(row.reason)} & known
+    known -= _forget(folder, [read_item(folder, q.sha256) for q in mine if q.sha256 in away])
     missing = [q for q in mine if q.sha256 not in known]
     done, rejected = len(mine) - len(missing), 0
     log.info("%d clips of this task, %d of them captioned before", len(mine), done)
@@ -81,9 +87,11 @@ def run(config: Config, task: Task) -> None:
     if lacking:
         log.info("%d clips of other tasks are still to be captioned; the last task writes the table", lacking)
         return
-    rows = merge([read_item(folder, q.sha256) for q in questions])
+    items = [read_item(folder, q.sha256) for q in questions]
+    rows = merge(items)
     reasons = Counter(row.reason.split(":")[0] for row in rows if not row.caption)
     if not any(row.caption for row in rows):
+        _forget(folder, items)
         first = "; ".join(f"{row.key}: {row.reason}" for row in rows[:MAX_REASONS_SHOWN])
         raise DataError(
             f"{shown(folder)}: not one of {len(rows)} captions was accepted: {shown(first)}; the raw answers are in "
@@ -94,6 +102,26 @@ def run(config: Config, task: Task) -> None:
         "captions complete: %d detailed, %d clips keep their own%s", sum(1 for r in rows if r.caption),
         reasons.total(), f" ({', '.join(f'{n} {kind}' for kind, n in reasons.most_common())})" if reasons else "",
     )  # fmt: skip
+
+
+def _last_table(config: Config) -> list[Row]:
+    try:
+        return read_captions(config.run_dir / CAPTIONS)[0]
+    except DataError:  # there is none, or it will be written anew
+        return []
+
+
+def _of_file(reason: str) -> bool:
+    """Whether a clip has no caption because its file was not there, or another one: by the next time it may be back."""
+    return reason.startswith(OF_VIDEO) and may_pass(reason.removeprefix(OF_VIDEO))
+
+
+def _forget(folder: Path, items: list[Item]) -> set[str]:
+    """Delete those of the items that are so. Returns their hashes."""
+    again = {item.sha256 for item in items if _of_file(item.reason)}
+    for sha256 in again:
+        item_path(folder, sha256).unlink(missing_ok=True)
+    return again
 
 
 def _spans(config: Config) -> Callable[[Video], float]:

@@ -42,6 +42,7 @@ log = logging.getLogger(__name__)
 
 RETRY_TEMPERATURE = 0.7  # at least, from the second attempt on: another seed alone changes nothing where it is 0
 _HASHED = (".json", ".jinja", ".model", ".txt")  # of a model folder, with the weights: another template, another answer
+OF_VIDEO = "video: "  # how the reason of an item begins whose frames could not be had
 _POLL_S = 0.5
 
 
@@ -279,8 +280,8 @@ def ask(section: CaptionConfig, captioner: Captioner, question: Question) -> Ite
             check_unchanged(question.video)
             frames = list(decode(question.video.path, question.frames))
     except VideoError as error:
-        reason = f"video: {error.reason}"
-    while not caption and len(attempts) < section.attempts and not reason.startswith("video: "):
+        reason = f"{OF_VIDEO}{error.reason}"
+    while not caption and len(attempts) < section.attempts and not reason.startswith(OF_VIDEO):
         seed = (int(question.sha256[:8], 16) + len(attempts)) % 2**31
         temperature = max(section.temperature, RETRY_TEMPERATURE) if attempts else section.temperature
         text, reason = captioner.answer(
