@@ -157,6 +157,10 @@ def test_clips_whose_video_or_caption_changed_are_left_out_and_said(
     assert len(said) == 3 and "changed since encode" in said[0] and said[2].endswith("000004.mp4: no such file")
     (videos / "away").rename(videos / "000004.mp4")  # back: the next run has it
     assert reconstructed(encoded) == ["000001.mp4", "000002.mp4", "000004.mp4"]
+    shutil.copy(videos / "000001.mp4", videos / "000002.mp4")
+    caplog.clear()
+    assert reconstructed(encoded) == ["000001.mp4", "000004.mp4"]
+    assert "000002.mp4: changed since prepare looked at it" in caplog.text
     for mp4 in videos.glob("*.mp4"):
         mp4.unlink()
     assert reconstructed(encoded) == []

@@ -21,6 +21,7 @@ from sorahpc.config import ClipConfig, Config
 from sorahpc.data.captions import with_captions
 from sorahpc.data.decode import ClipPlan, VideoError, decode, plan_clip, probe
 from sorahpc.data.indexing import open_cache
+from sorahpc.data.keys import check_unchanged
 from sorahpc.data.latents import LatentCache
 from sorahpc.data.manifest import MANIFEST, Video, open_manifest
 from sorahpc.data.mp4 import write_mp4
@@ -126,8 +127,9 @@ def reconstruct(config: Config, advance: Callable[[], None]) -> None:
                 f"made with {expected}; use that VAE"
             )
     # Rejected rows keep their keys: a duplicate has that of the row that is used, a renamed file that of its new row.
-    rows, _ = with_captions(config, open_manifest(config.run_dir / MANIFEST))
-    videos = {video.key: video for video in rows if video.ok}
+    rows = open_manifest(config.run_dir / MANIFEST)
+    every, _ = with_captions(config, rows)
+    videos = {encoded.key: video for encoded, video in zip(every, rows, strict=True) if video.ok}
     clips = []
     for i in chosen:
         try:
@@ -158,6 +160,7 @@ def _pair(
     ph, pw = cache.info["patch_hw"]
     patch = (cache.info.get("patch_t") or 1, ph, pw)
     plan = plan_clip(videos[key], clip, stride=vae.stride, patch=patch, lengths=vae.lengths)
+    check_unchanged(videos[key])  # else the latent is held against another clip
     real = decode(videos[key].path, plan)
     if real.shape != again.shape:
         raise DataError(
