@@ -118,9 +118,8 @@ class PlanIndex:
             summary = build_index(self.folder, self.shards)
             self._check(summary)
         except DataError as error:
-            self._tell(
-                {**self._last(), **told, "fault": str(error)}
-            )  # or each of them would read all shards to find it
+            # Or each of them would read all shards to find it.
+            self._tell({**self._last(), **told, "fault": str(error)})
             raise
         self._tell({**self._planned(), **told, "index": self._stamp()})
 
