@@ -6,6 +6,8 @@ import dataclasses
 import hashlib
 import logging
 import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ from prepare_jobs import looked_at, put, with_section
 from videos import late_damage, numbered, shots, write_video
 
 from sorahpc.config import ClipConfig
+from sorahpc.data import keys
 from sorahpc.data.decode import ClipPlan, decode, plan_clip
 from sorahpc.data.manifest import Video
 from sorahpc.errors import ConfigError, DataError
@@ -131,6 +134,26 @@ def test_a_video_becomes_a_row_a_scene(videos: Path, shot: bytes, caplog: pytest
     for video, (first, last) in zip(cut, [(0, 16), (16, 40), (44, 64)], strict=True):
         assert plan(video).times_s == tuple(i / 8 for i in range(first, last))
         assert (decode(path, plan(video)) == whole[first:last]).all()
+
+
+def test_a_copy_of_another_time_is_read_through_once_for_all_of_its_scenes(
+    videos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shots(put(videos / "a.mp4", "a film"), (12, 12, 12, 12))
+    rows = with_section(videos, scenes={"threshold": 27, "min_s": 1})
+    os.utime(videos / "a.mp4", (1, 1))
+    read: list[str] = []
+
+    def slowly(path: str) -> object:
+        read.append(path)
+        time.sleep(0.2)
+        return digest_of(path)
+
+    digest_of = keys.digest_of
+    monkeypatch.setattr(keys, "digest_of", slowly)
+    with ThreadPoolExecutor(len(rows)) as pool:
+        list(pool.map(keys.check_unchanged, rows))
+    assert len(rows) == 4 and len(read) == 1
 
 
 def test_cutting_otherwise_keeps_places_and_looks_again(videos: Path, shot: bytes, measures: list[str]) -> None:

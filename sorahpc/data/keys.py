@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import threading
 
 from sorahpc.data.decode import CHANGED, VideoError, open_regular
 from sorahpc.data.manifest import Video
@@ -44,12 +45,16 @@ def check_unchanged(video: Video) -> None:
         return
     if status.st_size == video.size_bytes:
         try:
-            digest = _digest_at(video.path, status.st_mtime_ns)
+            with _READING[hash(video.path) % len(_READING)]:
+                digest = _digest_at(video.path, status.st_mtime_ns)
         except OSError as error:
             raise VideoError(video.path, f"can't read: {error.strerror}") from None
         if video.key in (key_of(digest, video.caption), key_of(digest, video.caption, video.start_s, video.end_s)):
             return
     raise VideoError(video.path, CHANGED)
+
+
+_READING = [threading.Lock() for _ in range(64)]  # threads with scenes of one video wait for the one that reads it
 
 
 @functools.lru_cache(1 << 16)  # a training takes the scenes of all videos in any order; 30 MB at the most
