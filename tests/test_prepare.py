@@ -93,6 +93,8 @@ def test_a_caption_that_is_none_is_said(videos: Path, clip: bytes) -> None:
         "huge.mp4": "no caption: huge.txt is over 1048576 bytes",
         "fifo.mp4": "no caption: fifo.txt: not a regular file: a FIFO",
     }
+    (videos / "empty.txt").write_bytes(b"caf\xe9")  # another fault of the same file
+    assert by_name(prepared(videos), videos)["empty.mp4"].reason == "no caption: empty.txt is not UTF-8 text"
 
 
 def test_strange_names_are_only_names(videos: Path, clip: bytes) -> None:

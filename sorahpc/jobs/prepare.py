@@ -211,11 +211,11 @@ def _look_at(found: Source, old: list[Video], section: PrepareConfig) -> tuple[l
     stands = same and all(
         v.measured or not section.measure if v.ok else not v.reason.startswith(_NOT_FINAL) for v in old
     )
+    row = Video("", found.path, found.caption, 0, 0.0, 0, 0, "", 0.0, size, mtime, "rejected", found.reason)
+    if found.reason:  # as it is now: without a caption too a row may have another one since
+        return [row], old == [row]
     if stands and all(v.caption == found.caption for v in old):
         return old, True
-    row = Video("", found.path, found.caption, 0, 0.0, 0, 0, "", 0.0, size, mtime, "rejected", found.reason)
-    if found.reason:
-        return [row], False
     try:
         digest = digest_of(found.path)
         row = dataclasses.replace(row, key=key_of(digest, found.caption))
