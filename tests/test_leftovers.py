@@ -28,12 +28,15 @@ def test_parts_of_the_dead_and_of_the_silent_are_removed_and_those_of_the_living
     small, under_way = (
         tmp_path / f"..cache.json.{host}.{pid}.1.tmp.{host}.{pid}.1.tmp" for pid in (dead.pid, os.getpid())
     )
-    index, strange = tmp_path / f".index.parquet.{host}.{dead.pid}.140001.tmp", tmp_path / f".notes.{host}.tmp"
-    for path in (mine, gone, other, silent, small, under_way, index, strange):
+    index = tmp_path / f".index.parquet.{host}.{dead.pid}.140001.tmp"
+    strange = [tmp_path / name for name in (f".notes.{host}.tmp", ".download.part", ".tmp")]  # of somebody else's
+    for path in (mine, gone, other, silent, small, under_way, index, *strange):
         path.write_bytes(b"x")
-    os.utime(silent, (1, 1))
+    for path in (silent, *strange):
+        os.utime(path, (1, 1))
     assert remove_stale_parts(tmp_path) == sorted([small.name, gone.name, silent.name, index.name])
-    assert mine.exists() and other.exists() and under_way.exists() and strange.exists()
+    assert mine.exists() and other.exists() and under_way.exists()
+    assert all(path.exists() for path in strange)
 
 
 @pytest.fixture

@@ -33,10 +33,12 @@ def remove_stale_parts(folder: Path) -> list[str]:
     here = f".{socket.gethostname()}"
     for part in sorted([*folder.glob(".*.part"), *folder.glob(".*.tmp")]):
         of = _UNFINISHED.fullmatch(part.name)
+        if of is None:  # nothing that we write
+            continue
         try:
             found = os.lstat(part)
             stale = time.time() - found.st_mtime > STALE_PART_S
-            if not stale and of is not None and of["host"].endswith(here):
+            if not stale and of["host"].endswith(here):
                 stale = not _alive(int(of["pid"]))
             if stale and stat.S_ISREG(found.st_mode):
                 part.unlink()
