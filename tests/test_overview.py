@@ -102,9 +102,14 @@ def test_data_show_prints_text_json_and_a_page(
     for what, message in [
         ("nowhere", "nowhere: expected a run folder, or the name of one under runs/; runs here: mine"),
         ("nowhere.parquet", "nowhere.parquet: no such manifest; run `sorahpc prepare` first"),
+        ("page.html", "page.html: expected a run folder, or the name of one under runs/; runs here: mine"),
     ]:
         code, out, err = call(capsys, what)
         assert code in (2, 4) and out == "" and err == f"sorahpc: {message}\n"
+    os.mkfifo("pipe")
+    code, _, err = call(capsys, "mine", "--html", "pipe")
+    assert code == 2 and err == "sorahpc: --html: pipe: a file expected, found a device, pipe or socket\n"
+    assert (tmp_path / "pipe").is_fifo()
     code, _, err = call(capsys, "mine", "--html", "no/such\0name")
     assert code != 0 and err.count("\n") == 1
 
