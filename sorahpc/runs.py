@@ -19,7 +19,6 @@ a login node.
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import os
@@ -49,12 +48,7 @@ def atomic_write(path: Path, data: str | bytes, *, durable: bool = True) -> None
     """Write a file so that a reader sees the old content or the new, never a part: aside, fsync, rename.
 
     `durable=False` leaves out the fsyncs (for status files, rewritten every few seconds).
-
-    Raises:
-        OSError: it can't be written, or the name is a device's, pipe's or socket's, which the rename would replace.
     """
-    if path.exists() and not (path.is_file() or path.is_dir()):
-        raise OSError(errno.EINVAL, "a device, pipe or socket, expected a file", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:

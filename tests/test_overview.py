@@ -108,7 +108,7 @@ def test_data_show_prints_text_json_and_a_page(
         assert code in (2, 4) and out == "" and err == f"sorahpc: {message}\n"
     os.mkfifo("pipe")
     code, _, err = call(capsys, "mine", "--html", "pipe")
-    assert code == 4 and err == "sorahpc: --html: pipe: can't write it: a device, pipe or socket, expected a file\n"
+    assert code == 2 and err == "sorahpc: --html: pipe: a file expected, found a device, pipe or socket\n"
     assert (tmp_path / "pipe").is_fifo()
     code, _, err = call(capsys, "mine", "--html", "no/such\0name")
     assert code != 0 and err.count("\n") == 1

@@ -71,7 +71,7 @@ def data_show(
 ) -> int:
     """What is in a manifest: counts, hours, distributions, and why clips were rejected."""
     from sorahpc.configfile import load_config
-    from sorahpc.data.manifest import read_manifest
+    from sorahpc.data.manifest import read_manifest, shown
     from sorahpc.data.overview import as_page, as_text, overview
     from sorahpc.runs import atomic_write
 
@@ -80,6 +80,8 @@ def data_show(
     found = {"path": str(path.absolute()), **found}
     text = as_text(found)
     if html is not None:
+        if html.exists() and not (html.is_file() or html.is_dir()):  # to be replaced: of root also /dev/stdout
+            raise ConfigError(f"--html: {shown(html)}: a file expected, found a device, pipe or socket")
         try:
             atomic_write(html, as_page(found, str(path)))
         except OSError as error:
