@@ -252,6 +252,10 @@ def test_options_of_profile_are_overrides_of_its_sections(tmp_path: Path, here: 
         ),
         (["report", "r", "--out", ""], "--out: '.' is a folder; expected the name of the page to write"),
         (["report", "r", "--out", str(tmp_path)], "is a folder; expected the name of the page to write"),
+        (
+            ["report", "r", "--out", "/dev/null"],
+            "'/dev/null' is a device, pipe or socket; expected the name of the page",
+        ),
     ):
         done = here("profile", *args)
         assert done.returncode == 2 and expected in done.stderr and done.stderr.count("\n") == 1, done.stderr

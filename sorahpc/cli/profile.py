@@ -85,6 +85,8 @@ def profile_report(
 
     if out.is_dir():
         raise ConfigError(f"--out: {str(out)!r} is a folder; expected the name of the page to write")
+    if out.exists() and not out.is_file():  # to be replaced: of root also /dev/stdout
+        raise ConfigError(f"--out: {str(out)!r} is a device, pipe or socket; expected the name of the page to write")
     path = write_profile_page([find_run(run) / "profile" for run in runs], out)
     say({"path": str(path.absolute())}, f"report: {path.absolute()}", as_json)
     return 0
