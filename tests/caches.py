@@ -11,6 +11,7 @@ import torch
 
 from sorahpc.data import cache
 from sorahpc.data.cache import build_index, pin_info, plan_shards
+from sorahpc.data.latents import LatentCache
 from sorahpc.data.shards import ShardWriter, write_empty_text
 
 C, D = 4, 8
@@ -88,3 +89,32 @@ def write(
         writer.commit()
     assert build_index(folder, [s.name for s in plan]).samples == count
     return rows
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if not p.name.startswith(".")}
+
+
+def everything(folder: Path) -> list[bytes]:
+    """All that a reader gets from a cache."""
+    cache = LatentCache(folder)
+    read = [cache.read(i, second) for i in range(len(cache)) for second in (False, True)]
+    pairs = [x.numpy().tobytes() for latent, texts in read for x in (latent, *texts.values())]
+    rest = [cache.mean, cache.std, cache.empty_texts["text"]]
+    words = json.dumps([cache.keys, cache.captions, cache.sources, cache.fps.tolist(), cache.shapes.tolist()])
+    return [*pairs, *(x.numpy().tobytes() for x in rest), words.encode()]
+
+
+def part_of(folder: Path, where: slice, name: str, per_shard: int = 4, **made: object) -> Path:
+    """A finished cache of some of the samples, in whose cache.json is `made`."""
+    rows = samples(12)[where]
+    pin_info(folder / name, {**info(), **made})
+    write_empty_text(folder / name, {"text": torch.ones(1, D)}, "float16")
+    plan = plan_shards([r[0] for r in rows], per_shard)
+    for shard in plan:
+        writer = ShardWriter(folder / name, shard.name, "float16", C, {"text": D})
+        for i in shard.rows:
+            writer.add(*rows[i])
+        writer.commit()
+    build_index(folder / name, [s.name for s in plan])
+    return folder / name

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import resource
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,7 +27,7 @@ from sorahpc.data.sources import look
 from sorahpc.errors import SoraHPCError
 from sorahpc.files import NotRegular, open_regular, read_regular, read_text
 from sorahpc.jobs import prepare
-from sorahpc.runs import Task
+from sorahpc.runs import Task, atomic_write
 
 pytestmark = pytest.mark.timeout(60)  # what waits for a FIFO waits for ever
 
@@ -137,3 +139,16 @@ def test_an_index_that_is_no_file_is_written_over(tmp_path: Path) -> None:
     (tmp_path / INDEX).unlink()
     os.mkfifo(tmp_path / INDEX)
     assert build_index(tmp_path, names) == expected and load_index(tmp_path)[0].num_rows == 10
+
+
+def test_a_file_that_does_not_fit_is_named_and_the_old_one_stays(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    atomic_write(path, "old")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(OSError, match=re.escape(f"File too large: '{path}'")):
+            atomic_write(path, "x" * 2000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["x.json"]
