@@ -19,16 +19,10 @@ from typing import Any
 
 from sorahpc.errors import SetupError
 from sorahpc.files import NotRegular
-from sorahpc.runs import atomic_write, read_state
+from sorahpc.runs import atomic_write, machine_id, read_state
 
 STALE_AFTER_S = 60.0
 HEARTBEAT_S = 10.0
-
-
-def machine_id() -> str:
-    """Where a pid means something: this boot and this pid namespace (containers share host names, not pids)."""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return f"{boot}:{os.stat('/proc/self/ns/pid').st_ino}"
 
 
 def start_time(pid: int) -> int | None:

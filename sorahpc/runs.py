@@ -19,6 +19,7 @@ a login node.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -44,22 +45,39 @@ def fsync_dir(path: Path) -> None:
         os.close(fd)
 
 
+def machine_id() -> str:
+    """Where a pid means something: this boot and this pid namespace (containers share host names, not pids)."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{boot}:{os.stat('/proc/self/ns/pid').st_ino}"
+
+
+def place() -> str:
+    """`machine_id`, short, behind the name of the host, which people know; a name of a file may have 255 bytes."""
+    return f"{socket.gethostname()[:32]}-{hashlib.sha256(machine_id().encode()).hexdigest()[:8]}"
+
+
+def aside(path: Path, suffix: str = ".tmp") -> Path:
+    """A name beside a file's for what is not whole yet, which no other thread anywhere has: where it runs, its process,
+    itself. What killed tasks leave in a cache is known by it (sorahpc/data/leftovers.py)."""
+    return path.with_name(f".{path.name}.{place()}.{os.getpid()}.{threading.get_native_id()}{suffix}")
+
+
 def atomic_write(path: Path, data: str | bytes, *, durable: bool = True) -> None:
     """Write a file so that a reader sees the old content or the new, never a part: aside, fsync, rename.
 
     `durable=False` leaves out the fsyncs (for status files, rewritten every few seconds).
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.{threading.get_ident()}.tmp")
+    new = aside(path)
     try:
-        with open(aside, "wb") as f:
+        with open(new, "wb") as f:
             f.write(data.encode() if isinstance(data, str) else data)
             if durable:
                 f.flush()
                 os.fsync(f.fileno())
-        os.replace(aside, path)
+        os.replace(new, path)
     except BaseException as error:
-        aside.unlink(missing_ok=True)
+        new.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.filename is None:  # of a disk that is full: say which
             error.filename = str(path)
         raise

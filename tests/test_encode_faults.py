@@ -307,7 +307,7 @@ def test_what_has_a_name_of_ours_and_is_no_file_is_one_line_or_left_alone(
     journal = put(work / f"{shard.stem}.{'b' * 32}.journal")
     refused(DataError, rf"{journal.name}: can't read the journal: not a regular file: a {kind}; .* and run again$")
     take_away(journal)
-    left = [cache_dir / ".shard-0.h5.elsewhere.1.part", work / "notes", work / f".{shard.stem}.lease.x.stale"]
+    left = [cache_dir / ".shard-0.h5.elsewhere.1.1.part", work / "notes", work / f".{shard.stem}.lease.x.stale"]
     for path in left:
         put(path)
         os.utime(path, (1, 1), follow_symlinks=False)

@@ -16,20 +16,21 @@ from caches import write
 from sorahpc.cli import main
 from sorahpc.data.claims import WORK, ShardLease
 from sorahpc.data.leftovers import LEFT_AFTER_S, remove_leftovers, remove_stale_parts
+from sorahpc.runs import aside, place
 
 
 def test_parts_of_the_dead_and_of_the_silent_are_removed_and_those_of_the_living_are_not(tmp_path: Path) -> None:
-    host = socket.gethostname()
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    mine, gone = tmp_path / f".a.h5.{host}.{os.getpid()}.part", tmp_path / f".b.h5.{host}.{dead.pid}.part"
-    other, silent = tmp_path / f".c.h5.elsewhere.{dead.pid}.part", tmp_path / f".d.h5.elsewhere.{dead.pid}.part"
+    here, twin = place(), f"{socket.gethostname()}-00000000"  # of a container with our name, whose pids we don't see
+    mine, gone = tmp_path / f".a.h5.{here}.{os.getpid()}.1.part", tmp_path / f".b.h5.{here}.{dead.pid}.1.part"
+    other, silent = tmp_path / f".c.h5.{twin}.{dead.pid}.1.part", tmp_path / f".d.h5.{twin}.{dead.pid}.1.part"
     # Of cache.json, as its first writer has it aside, and of the index.
     small, under_way = (
-        tmp_path / f"..cache.json.{host}.{pid}.1.tmp.{host}.{pid}.1.tmp" for pid in (dead.pid, os.getpid())
+        tmp_path / f"..cache.json.{here}.{pid}.1.tmp.{here}.{pid}.1.tmp" for pid in (dead.pid, os.getpid())
     )
-    index = tmp_path / f".index.parquet.{host}.{dead.pid}.140001.tmp"
-    strange = [tmp_path / name for name in (f".notes.{host}.tmp", ".download.part", ".tmp")]  # of somebody else's
+    index = tmp_path / f".index.parquet.{here}.{dead.pid}.140001.tmp"
+    strange = [tmp_path / name for name in (f".notes.{here}.tmp", ".download.part", ".tmp")]  # of somebody else's
     for path in (mine, gone, other, silent, small, under_way, index, *strange):
         path.write_bytes(b"x")
     for path in (silent, *strange):
@@ -37,6 +38,16 @@ def test_parts_of_the_dead_and_of_the_silent_are_removed_and_those_of_the_living
     assert remove_stale_parts(tmp_path) == sorted([small.name, gone.name, silent.name, index.name])
     assert mine.exists() and other.exists() and under_way.exists()
     assert all(path.exists() for path in strange)
+
+
+def test_what_is_written_aside_is_known_by_its_writer(tmp_path: Path) -> None:
+    part = aside(tmp_path / "shard-0.h5", ".part")
+    part.write_bytes(b"x")
+    assert remove_stale_parts(tmp_path) == []
+    code = "import sys; from pathlib import Path; from sorahpc.runs import aside; aside(Path(sys.argv[1])).touch()"
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "index.parquet")], check=True)
+    (dead,) = set(os.listdir(tmp_path)) - {part.name}
+    assert remove_stale_parts(tmp_path) == [dead] and part.exists()
 
 
 @pytest.fixture

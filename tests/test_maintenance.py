@@ -6,7 +6,6 @@ import errno
 import hashlib
 import json
 import math
-import os
 import shutil
 import zlib
 from pathlib import Path
@@ -30,6 +29,7 @@ from sorahpc.data.seal import seal_of
 from sorahpc.data.shards import EMPTY_TEXT, ShardWriter, write_empty_text
 from sorahpc.errors import DataError
 from sorahpc.models.vae import Vae, load_vae
+from sorahpc.runs import place
 
 CORRUPTIONS = 250
 
@@ -97,7 +97,7 @@ def test_missing_files_are_faults_and_files_that_are_not_of_the_index_are_none(t
     write(tmp_path)
     shard = sorted(tmp_path.glob("shard-*.h5"))[0]
     shutil.copy(shard, tmp_path / ("shard-" + "f" * 16 + ".h5"))
-    (tmp_path / ".shard-x.h5.host.1.part").write_bytes(b"half")
+    (tmp_path / ".shard-x.h5.host.1.1.part").write_bytes(b"half")
     report = verify(tmp_path)
     assert report.faults == [] and report.unlisted == ["shard-" + "f" * 16 + ".h5"] and len(report.parts) == 1
     shard.unlink()
@@ -113,8 +113,7 @@ def test_repair_sets_damage_aside_and_what_is_made_anew_gives_the_same_cache(tmp
     (tmp_path / names[1]).write_bytes(data)
     (tmp_path / EMPTY_TEXT).write_bytes(good[EMPTY_TEXT][:-5])
     (tmp_path / INFO).write_text('{"version": 2, "dtype": "bfloat16"}')
-    host = os.uname().nodename
-    (tmp_path / f".{names[0]}.{host}.4194303.part").write_bytes(b"half")  # of a process id beyond the largest
+    (tmp_path / f".{names[0]}.{place()}.4194303.1.part").write_bytes(b"half")  # of a process id beyond the largest
     done = repair(tmp_path)
     assert done["set_aside"] == {names[1]: f"damaged-{names[1]}", EMPTY_TEXT: f"damaged-{EMPTY_TEXT}"}
     assert done["restored"] and done["samples"] == 9 and len(done["removed"]) == 1 and done["missing"] == []

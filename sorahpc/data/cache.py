@@ -24,8 +24,6 @@ import json
 import math
 import os
 import re
-import socket
-import threading
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +42,7 @@ from sorahpc.data.shards import VERSION, Shard, read_shard
 from sorahpc.data.texts import DETAILED, TEXTS
 from sorahpc.errors import DataError
 from sorahpc.files import read_text
-from sorahpc.runs import atomic_write, fsync_dir, write_json
+from sorahpc.runs import aside, atomic_write, fsync_dir, write_json
 
 INFO, INDEX = "cache.json", "index.parquet"
 MAX_INFO_BYTES = 1 << 20
@@ -85,15 +83,15 @@ def pin_info(folder: Path, info: dict[str, Any]) -> None:
     path = folder / INFO
     info = json.loads(json.dumps({"version": VERSION, **info}))  # tuples to lists, as it will be read back
     if not path.exists():
-        aside = path.with_name(f".{INFO}.{socket.gethostname()}.{os.getpid()}.{threading.get_ident()}.tmp")
-        write_json(aside, info)
+        new = aside(path)
+        write_json(new, info)
         try:
-            os.link(aside, path)  # unlike rename it fails where the name exists: one worker is first
+            os.link(new, path)  # unlike rename it fails where the name exists: one worker is first
             fsync_dir(folder)
         except FileExistsError:
             pass
         finally:
-            aside.unlink()
+            new.unlink()
     check_info(path, read_info(folder), info)
 
 

@@ -37,7 +37,7 @@ from sorahpc.data.manifest import ROWS_AT_ONCE, Rows, shown
 from sorahpc.data.parquet import read_table
 from sorahpc.errors import DataError
 from sorahpc.files import read_regular
-from sorahpc.runs import atomic_write, fsync_dir
+from sorahpc.runs import aside, atomic_write, fsync_dir
 
 CAPTIONS = "captions.parquet"  # its name in the run folder
 ITEMS = "captions"  # and that of the folder of the items
@@ -254,15 +254,15 @@ def write_item(folder: Path, item: Item) -> Item:
         DataError: it can't be written.
     """
     path = item_path(folder, item.sha256)
-    aside = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.tmp")
+    new = aside(path)
     text = json.dumps({"format": ITEM_FORMAT, **asdict(item)}, indent=1, ensure_ascii=True)
     try:
-        atomic_write(aside, text + "\n")
+        atomic_write(new, text + "\n")
         try:
             with contextlib.suppress(FileExistsError):
-                os.link(aside, path)
+                os.link(new, path)
         finally:
-            aside.unlink(missing_ok=True)
+            new.unlink(missing_ok=True)
         fsync_dir(path.parent)
     except OSError as error:
         raise DataError(f"{shown(path)}: can't write the caption: {error.strerror or error}; run again") from None

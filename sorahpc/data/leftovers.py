@@ -6,7 +6,6 @@ import contextlib
 import math
 import os
 import re
-import socket
 import stat
 import time
 from collections.abc import Iterator
@@ -15,22 +14,21 @@ from pathlib import Path
 
 from sorahpc.data.claims import WORK, ShardLease
 from sorahpc.lease import STALE_AFTER_S
-from sorahpc.runs import read_state
+from sorahpc.runs import place, read_state
 
 LEFT_AFTER_S = 86400.0
 STALE_PART_S = 3600.0
-# Of a shard; of a smaller file, as `atomic_write` names it.
-_UNFINISHED = re.compile(r"(?P<host>.+)\.(?P<pid>\d+)(?:\.part|\.\d+\.tmp)", re.ASCII)
+_UNFINISHED = re.compile(r"(?P<place>.+)\.(?P<pid>\d+)\.\d+\.(?:part|tmp)", re.ASCII)  # as `aside` names it
 
 
 def remove_stale_parts(folder: Path) -> list[str]:
-    """Delete the unfinished files of writers that are gone: dead on this host, or silent for an hour.
+    """Delete the unfinished files of writers that are gone: dead on this machine, or silent for an hour.
 
     Returns:
         the names of what was deleted.
     """
     removed = []
-    here = f".{socket.gethostname()}"
+    here = f".{place()}"
     for part in sorted([*folder.glob(".*.part"), *folder.glob(".*.tmp")]):
         of = _UNFINISHED.fullmatch(part.name)
         if of is None:  # nothing that we write
@@ -38,7 +36,7 @@ def remove_stale_parts(folder: Path) -> list[str]:
         try:
             found = os.lstat(part)
             stale = time.time() - found.st_mtime > STALE_PART_S
-            if not stale and of["host"].endswith(here):
+            if not stale and of["place"].endswith(here):
                 stale = not _alive(int(of["pid"]))
             if stale and stat.S_ISREG(found.st_mode):
                 part.unlink()

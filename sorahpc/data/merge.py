@@ -7,7 +7,6 @@ import filecmp
 import itertools
 import os
 import shutil
-import socket
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,7 +26,7 @@ from sorahpc.data.manifest import shown
 from sorahpc.data.seal import check_seal
 from sorahpc.data.shards import EMPTY_TEXT
 from sorahpc.errors import ConfigError, DataError
-from sorahpc.runs import fsync_dir
+from sorahpc.runs import aside, fsync_dir
 
 
 def merge(out: Path, sources: Sequence[Path]) -> dict[str, Any]:
@@ -109,20 +108,20 @@ def _link_or_copy(source: Path, target: Path) -> str:
         # Another file system; one without hard links; a file of somebody else's, or that has links enough.
         if error.errno not in (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS):
             raise
-    aside = target.with_name(f".{target.name}.{socket.gethostname()}.{os.getpid()}.part")
+    part = aside(target, ".part")
     try:
-        with open(source, "rb") as old, open(aside, "wb") as new:
+        with open(source, "rb") as old, open(part, "wb") as new:
             shutil.copyfileobj(old, new, 1 << 20)
             new.flush()
             os.fsync(new.fileno())
         try:
-            check_seal(aside)
+            check_seal(part)
         except DataError:
             _check_source(source)
             raise
-        os.replace(aside, target)
+        os.replace(part, target)
     finally:
-        aside.unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
     return "copied"
 
 

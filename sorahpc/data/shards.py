@@ -21,7 +21,6 @@ import io
 import json
 import math
 import os
-import socket
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -53,7 +52,7 @@ from sorahpc.data.seal import SEAL, SEAL_BYTES, check_seal, crc32, seal_of
 from sorahpc.data.texts import DETAILED, Texts
 from sorahpc.errors import DataError
 from sorahpc.files import open_regular
-from sorahpc.runs import atomic_write, fsync_dir
+from sorahpc.runs import aside, atomic_write, fsync_dir
 
 VERSION = 2  # of the cache: of its shards, cache.json and index
 EMPTY_TEXT = "empty_text.h5"
@@ -144,7 +143,7 @@ class ShardWriter:
             DataError: it can't be written (a full disk, say), or what was written doesn't read back.
         """
         final = self.folder / self.name
-        part = self.folder / f".{self.name}.{socket.gethostname()}.{os.getpid()}.part"
+        part = aside(final, ".part")
         # In memory first: HDF5 that meets a full disk tells it in an error of its own kind and can't close its file any
         # more.
         image = io.BytesIO()
