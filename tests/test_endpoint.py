@@ -119,6 +119,22 @@ def test_a_busy_server_is_asked_again(status: int) -> None:
     )
 
 
+def test_a_gateway_that_tells_of_the_server_behind_it_in_the_body_is_heard() -> None:
+    def failing(code: Any) -> bytes:
+        return json.dumps({"error": {"code": code, "message": "of the server behind"}}).encode()
+
+    with serving(lambda h, b, n: send(h, 200, completion("ok") if n == 2 else failing(502))) as server:
+        assert ask(server.url) == ("ok", "")
+    with serving(lambda h, b, n: send(h, 200, failing(401))) as server:
+        with pytest.raises(SetupError, match=r"status 401 for model .*: of the server behind; see key_env"):
+            ask(server.url)
+    with serving(lambda h, b, n: send(h, 200, failing(413))) as server:
+        assert ask(server.url) == ("of the server behind", "refused by the endpoint: status 413")
+    for code in (None, True, "429", 200, 10**40):
+        with serving(lambda h, b, n, code=code: send(h, 200, failing(code))) as server:
+            assert ask(server.url) == ("of the server behind", "not an answer: no chat completion")
+
+
 @pytest.mark.parametrize("dated", [False, True])
 def test_retry_after_is_honoured(dated: bool) -> None:
     def respond(h: Any, b: Any, n: int) -> None:

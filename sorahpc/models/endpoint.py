@@ -197,6 +197,8 @@ class Endpoint:
 
     def _read(self, response: http.client.HTTPResponse, body: bytes) -> tuple[str, str]:
         status, where = response.status, f"caption.endpoint: {self._config.url}"
+        if status == 200:
+            status = _inner_status(body)
         said = self._shown(_message(body))
         if status == 429 or status >= 500 or status == 408:
             raise _Again(f"status {status} {said}".strip(), _retry_after(response.getheader("Retry-After")))
@@ -262,6 +264,16 @@ def _message(body: bytes) -> str:
     except (ValueError, KeyError, TypeError, RecursionError):
         pass
     return body[:2000].decode("utf-8", "replace")
+
+
+def _inner_status(body: bytes) -> int:
+    """200, or the status that a gateway tells in the body when it was the server behind it that failed."""
+    try:
+        answer = json.loads(body)
+        code = 200 if "choices" in answer else answer["error"]["code"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return 200
+    return code if type(code) is int and 400 <= code < 600 else 200
 
 
 def _retry_after(value: str | None) -> float | None:
