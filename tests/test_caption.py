@@ -22,7 +22,15 @@ from models import WORDS, write_llm, write_t5, write_vae, write_vlm
 
 from sorahpc.config import Config, VaeConfig
 from sorahpc.configfile import parse_config
-from sorahpc.data.captions import CAPTIONS, caption_settings, known_items, read_captions, read_item, write_captions
+from sorahpc.data.captions import (
+    CAPTIONS,
+    caption_settings,
+    item_path,
+    known_items,
+    read_captions,
+    read_item,
+    write_captions,
+)
 from sorahpc.data.latents import LatentCache
 from sorahpc.data.manifest import MANIFEST, read_manifest, write_manifest
 from sorahpc.data.toyworld import write_world
@@ -190,6 +198,27 @@ def test_a_clip_whose_file_was_away_or_another_one_is_asked_about_again_once_it_
         caption.run(again, task(again))
     (tmp_path / "elsewhere").rename(tmp_path / "videos")
     caption.run(again, task(again))
+
+
+def test_an_item_that_another_task_forgets_while_the_table_is_to_be_written_is_its_to_ask_again(
+    world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = local(world, "forgotten")
+    caption.run(config, task(config, 1, 2))
+    read = caption.read_item
+
+    def forgotten(folder: Path, sha256: str) -> Any:
+        if len(known_items(folder)) == CLIPS:
+            item_path(folder, sha256).unlink()
+        return read(folder, sha256)
+
+    monkeypatch.setattr(caption, "read_item", forgotten)
+    caption.run(config, task(config, 0, 2))
+    monkeypatch.undo()
+    assert not (config.run_dir / CAPTIONS).exists() and len(known_items(config.run_dir / "captions/clips")) == CLIPS - 1
+    for rank in (0, 1):
+        caption.run(config, task(config, rank, 2))
+    assert (config.run_dir / CAPTIONS).exists()
 
 
 def test_a_rerun_does_only_what_is_missing_and_reads_no_weights_for_nothing(

@@ -32,7 +32,7 @@ from sorahpc.data.captions import (
 from sorahpc.data.decode import VideoError, may_pass, plan_clip
 from sorahpc.data.manifest import MANIFEST, Video, read_manifest, shown
 from sorahpc.errors import DataError, Stopped
-from sorahpc.models.captioner import OF_VIDEO, ask_all, clip_question, load_captioner
+from sorahpc.models.captioner import OF_VIDEO, Question, ask_all, clip_question, load_captioner
 from sorahpc.models.vae import read_rule
 from sorahpc.runs import Task
 
@@ -82,12 +82,9 @@ def run(config: Config, task: Task) -> None:
         ask_all(section, captioner, missing, folder, task.stop_requested, kept)
     except Stopped:
         raise Stopped(f"caption: stopped with {done} of {len(mine)} clips of this task captioned") from None
-    known = known_items(folder)
-    lacking = sum(q.sha256 not in known for q in questions)
-    if lacking:
-        log.info("%d clips of other tasks are still to be captioned; the last task writes the table", lacking)
+    items = _items(folder, questions)
+    if items is None:
         return
-    items = [read_item(folder, q.sha256) for q in questions]
     rows = merge(items)
     reasons = Counter(row.reason.split(":")[0] for row in rows if not row.caption)
     if not any(row.caption for row in rows):
@@ -102,6 +99,20 @@ def run(config: Config, task: Task) -> None:
         "captions complete: %d detailed, %d clips keep their own%s", sum(1 for r in rows if r.caption),
         reasons.total(), f" ({', '.join(f'{n} {kind}' for kind, n in reasons.most_common())})" if reasons else "",
     )  # fmt: skip
+
+
+def _items(folder: Path, questions: list[Question]) -> list[Item] | None:
+    """Those of all clips, or None where other tasks have not asked for some yet, or are about to ask anew."""
+    for _ in range(2):
+        known = known_items(folder)
+        if lacking := sum(q.sha256 not in known for q in questions):
+            log.info("%d clips of other tasks are still to be captioned; the last task writes the table", lacking)
+            return None
+        try:
+            return [read_item(folder, q.sha256) for q in questions]
+        except DataError as error:  # one that another task forgot since we looked is no fault, and is lacking now
+            fault = error
+    raise fault
 
 
 def _last_table(config: Config) -> list[Row]:
