@@ -106,6 +106,8 @@ def test_a_cache_whose_index_another_run_has_built_is_not_taken_for_ones_own(
     for config in (mine, other):
         encode.run(config, task(config))
     assert len(indexing.open_cache(other)) == CLIPS - 1  # and one can't be decoded
+    dropped = [m for m in caplog.messages if "were in it, and are left alone" in m]
+    assert len(dropped) == 1 and dropped[0].startswith(f"{tmp_path}/{INDEX}: 4 shards of another run or of a merge")
     with pytest.raises(DataError) as caught:
         indexing.open_cache(mine)
     assert str(caught.value) == (

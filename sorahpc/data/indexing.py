@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sorahpc.config import Config
-from sorahpc.data.cache import INDEX, PlannedShard, Summary, build_index
+from sorahpc.data.cache import INDEX, PlannedShard, Summary, build_index, load_index
 from sorahpc.data.claims import MAX_POLL_S, MIN_POLL_S, Claims
 from sorahpc.data.decode import may_pass
 from sorahpc.data.latents import LatentCache
@@ -114,6 +114,12 @@ class PlanIndex:
 
     def _build(self) -> None:
         told = {"launch": self.task.launch, "plan": self.name}
+        if others := self._listed() - set(map(str, self._last()["shards"])) - set(self.shards):
+            log.warning(
+                "%s: %d shards of another run or of a merge were in it, and are left alone but no longer indexed; that "
+                "run's `sorahpc encode`, or the merge anew into another folder, has them again",
+                shown(self.folder / INDEX), len(others),
+            )  # fmt: skip
         try:
             summary = build_index(self.folder, self.shards)
             self._check(summary)
@@ -123,12 +129,18 @@ class PlanIndex:
             raise
         self._tell({**self._planned(), **told, "index": self._stamp()})
 
+    def _listed(self) -> set[str]:
+        try:
+            return set(load_index(self.folder)[1]["shards"])
+        except (DataError, OSError):  # none yet, or a damaged one: nobody could read it
+            return set()
+
     def _planned(self) -> dict[str, Any]:
         return {"cache": str(self.folder.resolve()), "shards": self.shards}
 
     def _last(self) -> dict[str, Any]:
         planned, told = self._planned(), read_json(self.told) or {}
-        same = told.get("cache") == planned["cache"] and "shards" in told
+        same = told.get("cache") == planned["cache"] and isinstance(told.get("shards"), list)
         return {name: told[name] for name in planned} if same else planned
 
     def _tell(self, told: dict[str, Any]) -> None:
