@@ -39,6 +39,14 @@ MAX_STUCK_RESTARTS = 3
 FIRST_PORT, NUM_PORTS = 10_000, 20_000  # below Linux' ephemeral ports (32768 up)
 # Jobs whose tasks claim what they do: more of them, of another launch too, may join those that run.
 JOINED = ("encode",)
+# What of the config decides how much of a GPU's memory a job needs.
+MEMORY = {
+    "caption": "caption.frames or caption.frame_area_px",
+    "encode": "clip.max_area_px or clip.max_frames",
+    "train": "train.tokens_per_pack, with train.packs_per_step or train.tp raised for it",
+    "sample": "sample.prompts_per_pack, or of sample.frames, height or width",
+    "train-vae": "train_vae.window_frames or train_vae.crop_px",
+}
 
 log = logging.getLogger("sorahpc.cluster.worker")  # __name__ is __main__ in a task
 
@@ -351,7 +359,15 @@ def execute(spec: Spec, config: Config, place: Place, stop: Callable[[], bool], 
             message = f"{type(error).__name__}: {error}"
             if isinstance(error, SystemExit):
                 message = f"end: the job called sys.exit({error.code!r})"
-            log.error("unexpected %s (traceback in %s)", message, folder.log(place.rank), exc_info=error)
+            unexpected = "unexpected "
+            if _lacks_memory(error):
+                code, unexpected = SetupError.exit_code, ""
+                less = MEMORY.get(spec.job.removeprefix("profile-"), "what it has at a time")
+                message = (
+                    f"{spec.job}: the GPU's memory is too small: {str(error).splitlines()[0]}; what was saved is kept. "
+                    f"Take a GPU with more, or less of {less}"
+                )
+            log.error("%s%s (traceback in %s)", unexpected, message, folder.log(place.rank), exc_info=error)
         finally:
             if heartbeat is not None:
                 heartbeat.__exit__()
@@ -366,6 +382,11 @@ def execute(spec: Spec, config: Config, place: Place, stop: Callable[[], bool], 
             finally:
                 lease.release()
         return code
+
+
+def _lacks_memory(error: BaseException) -> bool:
+    torch = sys.modules.get("torch")  # not imported for it: a job without has no GPU
+    return torch is not None and isinstance(error, torch.OutOfMemoryError)
 
 
 def raw_output(task: Task) -> str:

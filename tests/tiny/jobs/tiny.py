@@ -1,7 +1,7 @@
 """What the tiny jobs share. They count in files, and go wrong where TINY_FAULT says.
 
-TINY_FAULT=<kind>:<rank or *>:<item or *>[:<restart>] with kind raise, data, stop, kill, exit, hang; TINY_ITEM_S:
-seconds an item.
+TINY_FAULT=<kind>:<rank or *>:<item or *>[:<restart>] with kind raise, memory, data, stop, kill, exit, hang;
+TINY_ITEM_S: seconds an item.
 """
 
 import logging
@@ -25,6 +25,10 @@ def fault(task, item):
         return
     if kind == "raise":
         raise RuntimeError("a bug\nof two lines")
+    if kind == "memory":
+        import torch
+
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB.\nSee the documentation")
     if kind == "data":
         raise DataError("clip 7: fault one\nclip 8: fault two")
     if kind == "stop":
