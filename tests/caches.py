@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 from sorahpc.data import cache
 from sorahpc.data.cache import build_index, pin_info, plan_shards
 from sorahpc.data.latents import LatentCache
+from sorahpc.data.seal import sealed_parquet
 from sorahpc.data.shards import ShardWriter, write_empty_text
 
 C, D = 4, 8
@@ -38,7 +40,8 @@ def dims(clip: bool = False) -> dict[str, int]:
 
 
 def forge(folder: Path, meta: dict | None = None, drop: str | None = None, **cells: object) -> None:
-    """Change an index, without its column `drop` and with `cells` in its third row, and give it the right sha256."""
+    """Change an index, without its column `drop` and with `cells` in its third row, and give it the right sha256, and
+    seal where it says that it has one."""
     table = pq.read_table(folder / cache.INDEX)
     told = json.loads(table.schema.metadata[cache._META])
     told = {k: v for k, v in (told | (meta or {})).items() if k != "sha256" and v is not None}
@@ -47,7 +50,10 @@ def forge(folder: Path, meta: dict | None = None, drop: str | None = None, **cel
     schema = table.schema.remove(table.schema.get_field_index(drop)) if drop else table.schema
     forged = pa.Table.from_pylist(rows, schema=schema)
     told["sha256"] = cache._digest(forged, told)
-    pq.write_table(forged.replace_schema_metadata({cache._META: json.dumps(told)}), folder / cache.INDEX)
+    buffer = io.BytesIO()
+    pq.write_table(forged.replace_schema_metadata({cache._META: json.dumps(told)}), buffer)
+    data = buffer.getvalue()
+    (folder / cache.INDEX).write_bytes(sealed_parquet(data) if told.get("sealed") else data)
 
 
 def samples(count: int = 10, clip: bool = False, detailed: bool = False) -> list[tuple]:

@@ -4,7 +4,7 @@
     shard-<16 hex>.h5     immutable HDF5; one writer each (shards.py)
     empty_text.h5         the empty caption's embedding, for classifier-free guidance
     index.parquet         a row a sample: where its bytes lie, their crc32, captions; statistics of the latents;
-                          a copy of cache.json; a sha256 of it all
+                          a copy of cache.json; a sha256 of it all, and a seal of the file's bytes (seal.py)
     rejected.json         clips that could not be encoded, with their reasons
     .work/                who makes which shard now, and the clips of it so far (claims.py); empty once all are there
 
@@ -38,6 +38,7 @@ from sorahpc.config import MAX_FPS, MIN_FPS
 from sorahpc.data.manifest import REJECTED, ROWS_AT_ONCE, shown
 from sorahpc.data.parquet import read_table
 from sorahpc.data.samples import KEY, MAX_SIDE, pieces_of
+from sorahpc.data.seal import sealed_parquet
 from sorahpc.data.shards import VERSION, Shard, read_shard
 from sorahpc.data.texts import DETAILED, TEXTS
 from sorahpc.errors import DataError
@@ -230,7 +231,7 @@ def build_index(folder: Path, shards: Sequence[str]) -> Summary | None:
     made = assemble(folder, {name: read_shard(folder / name, *kinds) for name in shards}, kinds[1])
     buffer = io.BytesIO()
     pq.write_table(made.table, buffer, compression="zstd", row_group_size=ROWS_AT_ONCE)
-    data = buffer.getvalue()
+    data = sealed_parquet(buffer.getvalue())
     try:
         if not (folder / INDEX).is_file() or (folder / INDEX).read_bytes() != data:
             write_json(folder / REJECTED, made.rejected)
@@ -277,6 +278,7 @@ def assemble(folder: Path, shards: dict[str, Shard], dims: Mapping[str, int]) ->
     std = np.where(std > 1e-6, std, 1.0)
     meta = {
         "version": VERSION,
+        "sealed": True,  # an index from before there was a seal has none; one that says so must have it
         "mean": mean.tolist(),
         "std": std.tolist(),
         "count": count,
@@ -338,8 +340,8 @@ def _digest(table: pa.Table, meta: dict[str, Any]) -> str:
 
 
 def load_index(folder: Path) -> tuple[pa.Table, dict[str, Any]]:
-    """The rows of index.parquet and what it says of the whole (version, mean, std, count, shards: bytes by name in the
-    order of the plan, info: the text of cache.json), as `build_index` wrote them: held against their sha256.
+    """The rows of index.parquet and what it says of the whole (version, sealed, mean, std, count, shards: bytes by name
+    in the order of the plan, info: the text of cache.json), as `build_index` wrote them: held against their sha256.
 
     Raises:
         DataError: there is none, or it is damaged.

@@ -33,7 +33,7 @@ from sorahpc.data.journal import Journal, cache_sha256, head_of
 from sorahpc.data.leftovers import Work, look_at_work, remove_leftovers, remove_stale_parts
 from sorahpc.data.manifest import REJECTED, shown
 from sorahpc.data.samples import pieces
-from sorahpc.data.seal import check_seal, crc32
+from sorahpc.data.seal import check_parquet_seal, check_seal, crc32
 from sorahpc.data.shards import EMPTY_TEXT, Shard, read_empty_text, read_samples, read_shard
 from sorahpc.errors import DataError
 from sorahpc.files import open_regular, read_text
@@ -77,9 +77,9 @@ class Report:
 def verify(folder: Path) -> Report:
     """Read all of a cache and hold each file against its own sums and against the others.
 
-    cache.json against the index's copy of it; the index against its sha256 and against what the shards themselves give;
-    of each shard the seal over all of its bytes, the structure through HDF5 and the crc32 of each sample; the empty
-    caption's text; the list of rejected clips.
+    cache.json against the index's copy of it; the index against its seal, its sha256 and what the shards themselves
+    give; of each shard the seal over all of its bytes, the structure through HDF5 and the crc32 of each sample; the
+    empty caption's text; the list of rejected clips.
 
     Raises:
         DataError: there is no such folder, or nothing of a cache in it. OSError: it can't be listed.
@@ -105,6 +105,8 @@ def verify(folder: Path) -> Report:
     if index is not None:
         table, meta = index
         names = list(meta["shards"])
+        if meta.get("sealed"):
+            attempt(INDEX, lambda: check_parquet_seal(folder / INDEX))
         if info is not None and (folder / INFO).read_bytes() != meta["info"].encode():
             faults.append(Fault(INFO, "", "is not the one that the index was built with; expected the copy in there"))
         info = json.loads(meta["info"])
@@ -213,11 +215,12 @@ def _against_shards(
         except DataError as error:
             faults.append(_fault(error, folder / INDEX))
     try:
-        rejected = json.loads(read_text(folder / REJECTED))
+        text = read_text(folder / REJECTED)
+        rejected = json.loads(text)
     except (OSError, ValueError, RecursionError) as error:
         faults.append(Fault(REJECTED, "", f"can't be read: {getattr(error, 'strerror', None) or 'not JSON'}"))
     else:
-        if rejected != anew.rejected:
+        if rejected != anew.rejected or not text.endswith("\n"):  # the end of a line is all that a cut could take
             faults.append(Fault(REJECTED, "", "is not the list that the shards hold"))
     return faults
 

@@ -460,6 +460,8 @@ def read_empty_text(folder: Path, dims: Mapping[str, int], dtype: str) -> dict[s
         check_seal(path)
         size = path.stat().st_size
         with hdf5.h5py().File(path, "r", locking=False) as f:
+            if others := set(f) - set(dims):  # a shard has a dataset `text` too, and a seal
+                raise ValueError(f"{', '.join(sorted(dims))} expected, found {shown(sorted(others)[0])} too")
             for name, dim in dims.items():
                 data = hdf5.own_dataset(f, name)
                 fits = data is not None and data.ndim == 2 and data.shape[1] == dim and 1 <= data.shape[0]
