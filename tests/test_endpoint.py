@@ -84,7 +84,22 @@ def test_an_answer_that_is_none_is_a_fault_and_no_crash(body: bytes, expected: t
     with serving(lambda h, b, n: send(h, 200, body)) as server:
         text, fault = ask(server.url)
     assert fault == expected[1] and text in (text if expected[0] is None else expected[0],)
-    assert len(text) < 300 and text.isprintable() and len(server.requests) == 1
+    assert len(text) < 300 and text.isprintable()
+    assert len(server.requests) == (3 if expected[1].endswith("no chat completion") else 1)
+
+
+@pytest.mark.parametrize("body", [b'{"error": {"message": "no quota", "code": 429}}', b"<html>no quota</html>", b""])
+def test_a_gateway_that_says_200_and_no_completion_is_asked_again_and_stops_the_job_in_the_end(
+    monkeypatch: pytest.MonkeyPatch, body: bytes
+) -> None:
+    with serving(lambda h, b, n: send(h, 200, completion("ok") if n == 2 else body)) as server:
+        assert ask(server.url) == ("ok", "")
+    monkeypatch.setattr(endpoint, "MAX_REFUSED", 2)
+    with serving(lambda h, b, n: send(h, 200, body)) as server:
+        asked = client(server.url)
+        assert asked.answer("q", [], **ASK)[1] == "not an answer: no chat completion"
+        with pytest.raises(SetupError, match=r"2 questions in a row not an answer: no chat completion: .*; see to"):
+            asked.answer("q", [], **ASK)
 
 
 def test_an_endless_body_is_cut_at_the_limit() -> None:

@@ -40,14 +40,16 @@ FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 60.0
 JPEG_QUALITY = 90
 _SHOWN_CHARS = 200
 _REFUSED = "refused by the endpoint"
+_NONE = "not an answer: no chat completion"
 
 
 class _Again(Exception):
-    """Ask again later; `wait_s` if the server said when."""
+    """Ask again later; `wait_s` if the server said when. `answer`: what it is after the last attempt, if it is one."""
 
-    def __init__(self, why: str, wait_s: float | None = None) -> None:
+    def __init__(self, why: str, wait_s: float | None = None, answer: tuple[str, str] | None = None) -> None:
         super().__init__(why)
         self.wait_s = wait_s
+        self.answer = answer
 
 
 class Endpoint:
@@ -106,7 +108,7 @@ class Endpoint:
 
         Raises:
             SetupError: no answer after `retries`, one that no other answer will follow (a wrong key, name or address,
-                a redirect), or MAX_REFUSED refusals in a row.
+                a redirect), or MAX_REFUSED refusals in a row, or bodies in a row that are no chat completion.
             Stopped: `stop` was called.
         """
         content: Any = prompt
@@ -126,6 +128,8 @@ class Endpoint:
                 if self._stop.is_set():
                     raise Stopped("caption: stopped while it waited for the endpoint") from None
                 if attempt == self._config.retries:
+                    if again.answer is not None:
+                        return self._counted(again.answer)
                     raise SetupError(
                         f"caption.endpoint: {self._config.url}: no answer in {attempt + 1} attempts: {again}; what was "
                         "answered is kept, run again when the server is there"
@@ -217,7 +221,8 @@ class Endpoint:
             message = choice["message"]
             text, refusal, finish = message.get("content"), message.get("refusal"), choice.get("finish_reason")
         except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
-            return said, "not an answer: no chat completion"
+            # A gateway's way to say that the server behind it is busy, or out of quota; or it is of this question.
+            raise _Again(f"status 200, no chat completion: {said}", answer=(said, _NONE)) from None
         if isinstance(refusal, str) and refusal:
             return self._without_key(refusal), "refusal"
         if not isinstance(text, str):
@@ -228,11 +233,11 @@ class Endpoint:
         return text, "refusal: content filter" if finish == "content_filter" else ""
 
     def _counted(self, answer: tuple[str, str]) -> tuple[str, str]:
-        """The answer, unless the endpoint has refused too many questions in a row: a body or a parameter that it never
-        takes would cost every clip its caption."""
+        """The answer, unless the endpoint has refused too many questions in a row, or answered none: a body or a
+        parameter that it never takes would cost every clip its caption."""
         said, fault = answer
         with self._lock:
-            self._refused = self._refused + 1 if fault.startswith(_REFUSED) else 0
+            self._refused = self._refused + 1 if fault.startswith((_REFUSED, _NONE)) else 0
             if self._refused < MAX_REFUSED:
                 return answer
         raise SetupError(
