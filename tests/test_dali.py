@@ -87,6 +87,36 @@ def test_frames_are_chosen_by_their_times(tmp_path: Path) -> None:
 
 
 @needs_dali
+@pytest.mark.parametrize(
+    ("codec", "suffix", "size", "matrix"),
+    [
+        ("libvpx-vp9", "webm", (96, 128), 5), ("libvpx", "webm", (96, 128), 5), ("mjpeg", "avi", (96, 128), 5),
+        ("libvpx-vp9", "webm", (128, 192), 1),
+    ],
+)  # fmt: skip
+def test_a_stream_that_goes_on_in_another_size_or_colour_space_is_read_by_pyav(
+    tmp_path: Path, codec: str, suffix: str, size: tuple[int, int], matrix: int
+) -> None:
+    """As calls and screens are recorded, whose size follows the network and the window."""
+    first = transcoded(tmp_path / f"a.{suffix}", numbered(6, 128, 192), codec, 5, 2 if codec == "mjpeg" else 1)
+    second = transcoded(tmp_path / f"b.{suffix}", numbered(6, *size), codec, matrix, 2 if codec == "mjpeg" else 1)
+    path, end = tmp_path / f"both.{suffix}", 0
+    with av.open(str(path), "w") as joined:
+        for part in (first, second):
+            with av.open(str(part)) as container:
+                stream = joined.streams.video[0] if end else joined.add_stream_from_template(container.streams.video[0])
+                packets = [p for p in container.demux(video=0) if p.size]
+                step = packets[1].pts - packets[0].pts
+                for packet in packets:
+                    packet.pts, packet.dts, packet.stream = packet.pts + end, packet.dts + end, stream
+                    joined.mux(packet)
+                end += 6 * step
+    plan = at(64, 96, *(i / 25 for i in range(12)))
+    clip, reader = decode_by("dali", path, plan)
+    assert reader == "pyav" and numbers(clip) == [*range(6), *range(6)] and (clip == decode(path, plan)).all()
+
+
+@needs_dali
 def test_turned_and_stretched_pictures_are_shown_as_by_pyav(tmp_path: Path) -> None:
     frames = numbered(5, height=48, width=80)
     frames[:, :16] = (230, 40, 40)

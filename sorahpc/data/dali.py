@@ -15,9 +15,10 @@ from typing import IO, Any
 
 import av
 import numpy as np
+from av.codec.context import CodecContext
 from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 
-from sorahpc.data.container import Unusable, ffmpeg_words, opened
+from sorahpc.data.container import MAX_PIXELS, Unusable, ffmpeg_words, opened
 from sorahpc.data.frames import TIME_TOLERANCE_S, ClipPlan
 from sorahpc.data.pictures import colorspace_of, is_unusual, pixels, turn_of
 
@@ -140,8 +141,10 @@ def _clipped(pictures: np.ndarray) -> float:
 
 def _timed(container: Any, stream: Any, last_s: float) -> tuple[Any, np.ndarray, float]:
     """The first frame; when each frame up to a time, or a few more, comes on screen, in seconds from the first one,
-    float64 [N]; and when the last of these ends. Raises Unusable where packets don't say."""
+    float64 [N]; and when the last of these ends. Raises Unusable where packets don't say, or frames change their kind:
+    DALI goes on with the first one's size, and gives noise."""
     first = None
+    kinds_of, kinds = _KeyFrames(stream), set[tuple[int, ...]]()
     pts: list[int] = []
     last_pts, end = None, 0
     rate = stream.average_rate or stream.guessed_rate
@@ -154,6 +157,10 @@ def _timed(container: Any, stream: Any, last_s: float) -> tuple[Any, np.ndarray,
                 continue
             if packet.pts is None or packet.dts is None or packet.is_discard or packet.is_corrupt:
                 raise Unusable("its packets don't say which frames are shown, and when")
+            if packet.is_keyframe:
+                kinds |= kinds_of(packet)
+                if len(kinds) > 1:
+                    raise Unusable("frames of several sizes or kinds: not for DALI")
             pts.append(packet.pts)
             if last_pts is None or packet.pts >= last_pts:
                 last_pts, end = packet.pts, packet.pts + (packet.duration or step)
@@ -167,3 +174,33 @@ def _timed(container: Any, stream: Any, last_s: float) -> tuple[Any, np.ndarray,
     times = np.sort(np.asarray(pts, np.int64))
     base = float(stream.time_base)
     return first, (times - times[0]) * base, float(end - int(times[0])) * base
+
+
+class _KeyFrames:
+    """What key frames are, with which a stream may go on in another size or colour space: packets don't tell, so these
+    are decoded, one in some seconds. All frames of MJPEG are such, and there the header tells."""
+
+    def __init__(self, stream: Any) -> None:
+        own = stream.codec_context
+        self._jpeg = own.codec.canonical_name == "mjpeg"
+        self._context: Any = CodecContext.create(own.codec.name, "r")
+        self._context.extradata, self._context.thread_count = own.extradata, 1
+        self._context.options = {"max_pixels": str(MAX_PIXELS)}
+
+    def __call__(self, packet: Any) -> set[tuple[int, ...]]:
+        """Of a packet with a key frame; nothing where it gives no frame by itself. Raises FFmpegError."""
+        if self._jpeg and (size := _jpeg_size(bytes(packet))):
+            return {size}
+        frames = [*self._context.decode(packet), *self._context.decode(None)]
+        self._context.flush_buffers()
+        return {(f.width, f.height, f.colorspace, f.color_range, f.interlaced_frame) for f in frames}
+
+
+def _jpeg_size(data: bytes) -> tuple[int, int] | None:
+    """(width, height) by the header of a JPEG picture's first frame; None where it isn't found."""
+    at = 2
+    while at + 9 <= len(data) and data[at] == 0xFF:
+        if 0xC0 <= data[at + 1] <= 0xC2:  # SOF
+            return int.from_bytes(data[at + 7 : at + 9], "big"), int.from_bytes(data[at + 5 : at + 7], "big")
+        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return None
