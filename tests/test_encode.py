@@ -14,6 +14,7 @@ import torch
 from encode_jobs import CLIPS, content, encode_whole, make_config, prepared, recorded, task, usable, write_broken_world
 from videos import shots
 
+from sorahpc.data.contents import list_samples
 from sorahpc.data.decode import ClipPlan, decode
 from sorahpc.data.latents import LatentCache
 from sorahpc.data.maintenance import verify
@@ -168,6 +169,7 @@ def test_a_shard_says_who_read_each_video(
         with h5py.File(path) as f:
             told |= dict(zip(f["sources"].asstr(), f["decoders"].asstr(), strict=True))
     assert len(told) == CLIPS - 1 and {Path(s).name for s, by in told.items() if by == "pyav"} == {"000001.mp4"}
+    assert {row["source"]: row["decoder"] for row in list_samples(config.cache_dir)} == told  # `cache ls --json`
     assert any("12 clips decoded by dali, 1 clips decoded by pyav" in m for m in caplog.messages)
     assert LatentCache(config.cache_dir).info["decoder"] == "dali"
     with pytest.raises(DataError, match=r"field `decoder`"):

@@ -17,6 +17,7 @@ from sorahpc.data.cache import (
 )
 from sorahpc.data.latents import LatentCache
 from sorahpc.data.manifest import shown
+from sorahpc.data.shards import read_shard
 from sorahpc.data.texts import DETAILED
 from sorahpc.errors import DataError
 from sorahpc.models.lengths import Lengths
@@ -26,13 +27,13 @@ READ_AT_ONCE_BYTES = 64 << 20
 
 def list_samples(folder: Path) -> list[dict[str, Any]]:
     """A row a sample: key, shard, shape (C,T,H,W), frames (of the clip), duration_s, tokens, text_len, caption,
-    detailed, source.
+    detailed, source, decoder (who read the clip: "pyav" or "dali").
 
     `tokens` is of patches of `patch_t` latent frames (1 where cache.json has none) and `patch_hw`; `frames` and
     `duration_s` are the clip's, as it was encoded.
 
     Raises:
-        DataError: no finished cache here.
+        DataError: no finished cache here, or a shard of DALI's is damaged.
     """
     cache = LatentCache(folder)
     (stride_t, *_), (ph, pw) = (_ints(folder, cache.info, name, n) for name, n in (("stride", 3), ("patch_hw", 2)))
@@ -45,6 +46,7 @@ def list_samples(folder: Path) -> list[dict[str, Any]]:
             f"{shown(folder / INFO)}: field `restart_frames`: expected {stride_t}k+1 frames or null, found {restart!r}"
         )
     lengths = Lengths(stride_t, stride_t, restart)
+    by = _decoders(folder, cache)
     rows = []
     for i, key in enumerate(cache.keys):
         c, t, h, w = (int(v) for v in cache.shapes[i])
@@ -55,9 +57,19 @@ def list_samples(folder: Path) -> list[dict[str, Any]]:
                 "frames": frames, "duration_s": frames / float(cache.fps[i]),
                 "tokens": (t // pt) * (h // ph) * (w // pw), "text_len": int(cache.text_lens[i]),
                 "caption": cache.captions[i], "detailed": cache.detailed[i], "source": cache.sources[i],
+                "decoder": by.get(key, "pyav"),
             }
         )  # fmt: skip
     return rows
+
+
+def _decoders(folder: Path, cache: LatentCache) -> dict[str, str]:
+    """Who read each clip of a cache that was made with DALI, which leaves to PyAV what it can't read. Training doesn't
+    ask, so the index leaves it out: a look into each shard."""
+    if cache.info.get("decoder", "pyav") == "pyav":
+        return {}
+    shards = (read_shard(folder / name, cache.channels, cache.dims, cache.dtype) for name in cache.index.shards)
+    return {row["key"]: row["decoder"] for shard in shards for row in shard.rows}
 
 
 def _ints(folder: Path, info: dict[str, Any], name: str, length: int) -> list[int]:
