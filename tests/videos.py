@@ -187,6 +187,7 @@ def broken_files(folder: Path) -> dict[str, tuple[Path, str]]:
         ("zeros", b"\0" * 5000, "not a video"),
         ("noise", np.random.default_rng(0).bytes(5000), "not a video"),
         ("one byte", b"\0", "not a video"),
+        ("gif", b"GIF89a" + b"\1\0\1\0\0\0\0" + b"\0" * 500, "not a video: of no format that is opened (mov mp4 "),
     ]:
         path = folder / f"{name}.mp4"
         path.write_bytes(data)

@@ -115,6 +115,8 @@ def _why_not_opened(head: bytes, error: Exception) -> str:
         return "not a video: a zip archive"
     if text[4:8] == b"ftyp":
         return "corrupt or truncated: an mp4 without its index (moov)"
+    if getattr(error, "errno", None) == errno.EINVAL:  # so FFmpeg says that a format is not on the list
+        return f"not a video: of no format that is opened ({_DEMUXERS.replace(',', ' ')}), or its header is broken"
     return f"not a video: {ffmpeg_words(error)}"
 
 
