@@ -73,8 +73,8 @@ def test_sincos3d_is_float64s_rounded(
     assert got.dtype == dtype and got.device.type == device and got.shape == (int(grids.prod(1).sum()), dim)
     with ops.use_reference():
         reference = ops.sincos3d(grids, dim, dtype=dtype, device=device)
-    # Half a step below 1 after half a step of float32. CUDA reduces angles to float32 before it takes their sine.
-    in_float32 = 3.1e-8 if device == "cpu" and not EMULATED else 2.5e-7
+    # Half a step below 1 after half a step of float32; on CUDA, which makes sines itself, twice that.
+    in_float32 = 3.1e-8 if device == "cpu" and not EMULATED else 6e-8
     allowed = 1e-12 if dtype is torch.float64 else STEP[dtype] / 4 + in_float32
     for result in (got, reference):
         torch.testing.assert_close(result.cpu().double(), truth(grids, dim), rtol=0, atol=allowed)

@@ -15,12 +15,7 @@ using sorahpc::to_float;
 using sorahpc::Walk;
 
 constexpr int THREADS = 128, CHUNK = 32;  // columns a block, tokens a thread
-
-// Reduced in double: float has no room for many turns and their fraction.
-__device__ void sin_cos(double angle, float* s, float* c) {
-  const double turns = angle * 0.15915494309189535;
-  sincospif(2.0f * float(turns - rint(turns)), s, c);
-}
+constexpr double TURN = 6.28318530717958647692;
 
 template <typename T>
 __global__ void __launch_bounds__(THREADS)
@@ -28,7 +23,7 @@ __global__ void __launch_bounds__(THREADS)
   const int column = blockIdx.y * THREADS + threadIdx.x;
   if (column >= 3 * op.half) return;
   const int axis = column / op.half, i = column % op.half;
-  const double frequency = pow(op.theta, -double(i) / double(op.half));
+  const double frequency = pow(op.theta, -double(i) / double(op.half)) / TURN;
   const Sample* samples = pack.samples();
   for (int64_t begin = int64_t(blockIdx.x) * CHUNK; begin < op.num_tokens; begin += int64_t(gridDim.x) * CHUNK) {
     const int64_t end = begin + CHUNK < op.num_tokens ? begin + CHUNK : op.num_tokens;
@@ -37,7 +32,7 @@ __global__ void __launch_bounds__(THREADS)
     float sine = 0, cosine = 0;
     for (int64_t token = begin; token < end; ++token, walk.next()) {
       const int at = axis == 0 ? walk.t : axis == 1 ? walk.h : walk.w;
-      if (at != now) sin_cos(double(at) * frequency, &sine, &cosine);
+      if (at != now) sorahpc::sin_cos(double(at) * frequency, &sine, &cosine);
       now = at;
       const int64_t place = 2 * axis * op.half + i;
       T* out = reinterpret_cast<T*>(op.out) + token * 6 * op.half + place;
@@ -60,7 +55,7 @@ __global__ void __launch_bounds__(THREADS)
     const int64_t row = i / half, j = i % half;
     const float frequency = float(exp(-log_period * double(j) / double(half)));
     float s, c;
-    sin_cos(double(__fmul_rn(__fmul_rn(scale, t[row]), frequency)), &s, &c);
+    sorahpc::sin_cos(double(__fmul_rn(__fmul_rn(scale, t[row]), frequency)) / TURN, &s, &c);
     out[2 * row * half + j] = c;
     out[(2 * row + 1) * half + j] = s;
   }

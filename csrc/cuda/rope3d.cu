@@ -1,6 +1,6 @@
 // rope3d on CUDA, q and k in one launch. A block takes a few tokens: their angles into shared memory once, then all
-// heads of q and k, a group of lanes a head. Angles are made in the kernel, so no table is read: a double product, reduced
-// to half a turn, then sincospif; at most D/2 of them a token, for 2 N heads.
+// heads of q and k, a group of lanes a head. Angles are made in the kernel, so no table is read: a double product, then
+// sin_cos; at most D/2 of them a token, for 2 N heads.
 #include "../rope3d.h"
 
 #include "number.cuh"
@@ -72,7 +72,7 @@ template <typename T, int VEC, int K, bool INTERLEAVED, Mode MODE>
 __global__ void __launch_bounds__(THREADS, MODE == TURN ? 4 : MODE == NORM ? 3 : 2)
     rope3d(const __grid_constant__ Rope3d op, const __grid_constant__ Pack pack, int lanes) {
   using At = Place<VEC, INTERLEAVED>;
-  __shared__ double half_turns[MAX_PAIRS];  // of a pair a position
+  __shared__ double turns[MAX_PAIRS];  // of a pair a position
   __shared__ double position[TOKENS][3];
   __shared__ float2 angle[TOKENS][MAX_PAIRS];  // cos, sin
   const int D = op.head_dim, pairs = D / 2, units = pairs / VEC;
@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(THREADS, MODE == TURN ? 4 : MODE == NORM ? 3 :
   for (int i = threadIdx.x; i < pairs; i += THREADS) {
     const int axis = i < op.axis_end[0] ? 0 : i < op.axis_end[1] ? 1 : 2;
     const int begin = axis ? op.axis_end[axis - 1] : 0;
-    half_turns[i] = pow(op.theta[axis], -double(i - begin) / (op.axis_end[axis] - begin)) / 3.14159265358979323846;
+    turns[i] = pow(op.theta[axis], -double(i - begin) / (op.axis_end[axis] - begin)) / 6.28318530717958647692;
   }
 
   float dweight[MODE == NORM_BACKWARD ? 2 * K * 2 * VEC : 1] = {};
@@ -96,13 +96,12 @@ __global__ void __launch_bounds__(THREADS, MODE == TURN ? 4 : MODE == NORM ? 3 :
       const int at[] = {here.t, here.h, here.w};
       for (int a = 0; a < 3; ++a) position[threadIdx.x][a] = double(at[a]) * op.scale[a] + op.offset[a];
     }
-    __syncthreads();  // positions and half_turns are written; the tile before is done with its angles
+    __syncthreads();  // positions and turns are written; the tile before is done with its angles
     for (int i = threadIdx.x; i < tokens * pairs; i += THREADS) {
       const int t = i / pairs, pair = i % pairs;
       const int axis = pair < op.axis_end[0] ? 0 : pair < op.axis_end[1] ? 1 : 2;
-      const double turned = position[t][axis] * half_turns[pair];
       float s, c;
-      sincospif(float(turned - 2.0 * rint(0.5 * turned)), &s, &c);
+      sorahpc::sin_cos(position[t][axis] * turns[pair], &s, &c);
       angle[t][pair] = make_float2(c, op.inverse ? -s : s);
     }
     __syncthreads();

@@ -268,10 +268,6 @@ inline float __fadd_rn(float a, float b) { return a + b; }  // compiled with -ff
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fsqrt_rn(float x) { return std::sqrt(x); }
 inline float __int2float_rn(int x) { return float(x); }
-inline void sincospif(float x, float* s, float* c) {
-  const double angle = double(x) * 3.14159265358979323846;
-  *s = float(std::sin(angle)), *c = float(std::cos(angle));
-}
 using std::exp;
 using std::min;
 using std::pow;
