@@ -51,6 +51,7 @@ EMULATE = [
 EMULATE_FLAGS = ["-Itests/csrc/cuda", "-iquote", "csrc/cuda", "-ffp-contract=off", "-Wno-unknown-pragmas"]
 EMULATE_FLAGS += ["-Wno-sign-compare", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]  # what nvcc doesn't warn of
 SHIPPED = ("configs", "slurm")
+DEFAULT_ARCHS = "8.0;9.0;10.0+PTX"
 
 
 def fail(message: str) -> None:
@@ -86,13 +87,20 @@ def find_nvcc() -> Path | None:
     return next((p for p in candidates if p.is_file()), None)
 
 
-def nvcc_archs() -> list[str]:
+def nvcc_archs(nvcc: Path) -> list[str]:
     """nvcc's arguments for TORCH_CUDA_ARCH_LIST: 9.0 is code for it, +PTX adds what later GPUs compile themselves."""
+    known = subprocess.run([str(nvcc), "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
     flags = []
-    for arch in os.environ.get("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0+PTX").replace(" ", ";").split(";"):
+    # Set but empty, as containers have it, is unset: torch takes it so too.
+    for arch in (os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHS).replace(" ", ";").split(";"):
         number = arch.removesuffix("+PTX").replace(".", "")
         if not number.rstrip("af").isdigit():
-            fail(f"TORCH_CUDA_ARCH_LIST: got {arch!r}, expected e.g. 8.0;9.0;10.0+PTX")
+            fail(f"TORCH_CUDA_ARCH_LIST: got {arch!r}, expected e.g. {DEFAULT_ARCHS}")
+        if f"compute_{number.rstrip('af')}" not in known:
+            fail(
+                f"TORCH_CUDA_ARCH_LIST: {nvcc} has no {arch}, only {' '.join(known)}; name those that your GPUs are, "
+                "e.g. 8.0;9.0+PTX, or set CUDA_HOME to a newer CUDA, or SORAHPC_CUDA=0 for none"
+            )
         flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
         if arch.endswith("+PTX"):
             flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
@@ -120,6 +128,7 @@ class BuildExt(build_ext):
             fail("SORAHPC_CUDA=1, but no nvcc in CUDA_HOME/bin, on PATH or in /usr/local/cuda/bin")
         emulate = switch("SORAHPC_EMULATE", "0", ("0", "1")) == "1"
         cuda = nvcc is not None and not emulate and (mode == "1" or (mode == "auto" and torch_cuda is not None))
+        archs = nvcc_archs(nvcc) if cuda else []  # before anything is compiled: a mistake is told at once
 
         (ops,) = (e for e in self.extensions if e.name == "sorahpc._ops")
         ops.include_dirs = [str(torch / "include")]
@@ -135,9 +144,7 @@ class BuildExt(build_ext):
         with ThreadPoolExecutor(len(here)) as pool:  # 0.4 GB each
             objects = pool.map(lambda level: self.compile_kernels(compiler, level, [*here[level], *checks]), here)
             ops.extra_objects += objects
-        archs: list[str] = []
         if cuda:
-            archs = nvcc_archs()
             home = Path(os.path.realpath(nvcc)).parent.parent
             for source in sorted(Path("csrc/cuda").glob("*.cu")):
                 ops.extra_objects.append(self.compile_cuda(nvcc, archs, source))
