@@ -305,6 +305,16 @@ def test_without_kernels_there_is_nothing_to_measure(tmp_path: Path, monkeypatch
         run(tmp_path)
 
 
+def test_on_a_gpu_the_copy_needs_no_kernel_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A build with CUDA has none for stream_copy; all others it has, as tests/test_ops_emulated.py says of one."""
+    live = {name: {"cpu": "compiled", "cuda": "compiled"} for name in ops.backend()["ops"]}
+    live["stream_copy"]["cuda"] = "reference"
+    monkeypatch.setattr(ops, "backend", lambda: {"ops": live})
+    assert kernels._built_for("cuda") and kernels._built_for("cpu")
+    live["rope3d"]["cuda"] = live["stream_copy"]["cpu"] = "reference"
+    assert not kernels._built_for("cuda") and not kernels._built_for("cpu")
+
+
 @pytest.mark.slow
 def test_the_real_job_measures_a_real_case(tmp_path: Path) -> None:
     """Compiles the peers, so it takes a minute."""
