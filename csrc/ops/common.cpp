@@ -143,10 +143,13 @@ Samples Samples::of_lens(const Tensor& lens, int64_t num_tokens) {
 #ifdef SORAHPC_CUDA
 Tensor copy_to_device(const void* host, int64_t bytes, const Tensor& like) {
   const torch::stable::Device cpu_device(torch::headeronly::DeviceType::CPU);
-  const Tensor there = torch::stable::from_blob(const_cast<void*>(host), {bytes}, {1}, cpu_device, ScalarType::Byte);
+  // By way of pinned memory, which torch doesn't hand out again before the copy has read it, so nothing waits. When CUDA
+  // has read pageable memory it doesn't promise: `host` may be freed before, or the call may wait for the stream.
+  const bool pinned = !like.is_cpu();  // else `make emulate`
+  Tensor staged = torch::stable::empty({bytes}, ScalarType::Byte, std::nullopt, cpu_device, pinned, std::nullopt);
+  std::memcpy(out_data(staged), host, bytes);
   Tensor copy = torch::stable::new_empty(like, {bytes}, ScalarType::Byte);
-  // Not blocking: CUDA takes what lies in pageable memory over before the call returns, so nothing waits.
-  torch::stable::copy_(copy, there, true);
+  torch::stable::copy_(copy, staged, true);
   return copy;
 }
 
