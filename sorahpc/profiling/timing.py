@@ -25,7 +25,7 @@ from sorahpc.profiling.results import OURS, Ceiling, LeftOut, Node, Row
 log = logging.getLogger(__name__)
 
 COPY_BYTES = 256 << 20  # beyond any cache
-FLUSH_BYTES = 256 << 20  # on a GPU, between two runs: beyond its L2
+FLUSH_BYTES = 1 << 30  # on a GPU, between two runs: beyond its L2, and long enough to launch what is timed meanwhile
 MATMUL_SIZE = {"cpu": 1024, "cuda": 8192}  # torch needs 9 s for 1024 of bf16 on a core without AVX-512
 
 
