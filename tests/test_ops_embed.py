@@ -41,9 +41,10 @@ def truth(grids: Tensor, dim: int, theta: float = 1e4) -> Tensor:
 
 
 @compiled_only
-def test_what_is_tested_here_is_the_compiled_op() -> None:
+@devices
+def test_what_is_tested_here_is_the_compiled_op(device: str) -> None:
     live = ops.backend()["ops"]
-    assert {live[op]["cpu"] for op in ("sincos3d", "add_sincos3d", "timestep_embedding")} == {"compiled"}
+    assert {live[op][device] for op in ("sincos3d", "add_sincos3d", "timestep_embedding")} == {"compiled"}
 
 
 @compiled_only

@@ -54,8 +54,9 @@ def same(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> bool:
 
 
 @compiled_only
-def test_what_is_tested_here_is_the_compiled_op() -> None:
-    assert ops.backend()["ops"]["flow_patchify"]["cpu"] == "compiled"
+@devices
+def test_what_is_tested_here_is_the_compiled_op(device: str) -> None:
+    assert ops.backend()["ops"]["flow_patchify"][device] == "compiled"
 
 
 @pytest.mark.parametrize(

@@ -74,10 +74,11 @@ def by_loops(
 
 
 @compiled_only
-def test_what_is_tested_here_is_the_compiled_op() -> None:
+@devices
+def test_what_is_tested_here_is_the_compiled_op(device: str) -> None:
     live = ops.backend()
     assert live["library"] == str(LIBRARY)
-    assert live["ops"]["patchify"]["cpu"] == live["ops"]["unpatchify"]["cpu"] == "compiled"
+    assert live["ops"]["patchify"][device] == live["ops"]["unpatchify"][device] == "compiled"
 
 
 def test_it_works_unbuilt_and_says_so(tmp_path: Path) -> None:

@@ -94,10 +94,11 @@ def error(x: Tensor, truth: Tensor) -> float:
 
 
 @compiled_only
-def test_what_is_tested_here_is_the_compiled_op() -> None:
+@devices
+def test_what_is_tested_here_is_the_compiled_op(device: str) -> None:
     live = ops.backend()["ops"]
     for name in ("rope3d", "qk_norm_rope3d", "qk_norm_rope3d_backward"):
-        assert live[name]["cpu"] == "compiled"
+        assert live[name][device] == "compiled"
 
 
 @layouts
