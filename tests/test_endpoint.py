@@ -88,7 +88,7 @@ def test_an_answer_that_is_none_is_a_fault_and_no_crash(body: bytes, expected: t
     assert len(server.requests) == (3 if expected[1].endswith("no chat completion") else 1)
 
 
-@pytest.mark.parametrize("body", [b'{"error": {"message": "no quota", "code": 429}}', b"<html>no quota</html>", b""])
+@pytest.mark.parametrize("body", [b'{"error": {"message": "no quota"}}', b"<html>no quota</html>", b""])
 def test_a_gateway_that_says_200_and_no_completion_is_asked_again_and_stops_the_job_in_the_end(
     monkeypatch: pytest.MonkeyPatch, body: bytes
 ) -> None:
