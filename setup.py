@@ -3,7 +3,7 @@
 Environment:
     SORAHPC_NATIVE        0: install without kernels; the Python references serve (default 1: no compiler is an error)
     SORAHPC_CUDA          auto (default): CUDA kernels if torch has CUDA and nvcc is found; 1: build them or fail; 0: no
-    CUDA_HOME             where bin/nvcc is looked for first; else nvcc on PATH, else /usr/local/cuda
+    CUDA_HOME             whose bin/nvcc is taken; unset: nvcc on PATH, else that of /usr/local/cuda
     TORCH_CUDA_ARCH_LIST  default 8.0;9.0;10.0+PTX
     SORAHPC_SANITIZE      1: the ops with AddressSanitizer and UBSan, for `make sanitize` (default 0)
     SORAHPC_EMULATE       1: CUDA kernels that run on the CPU, for `make emulate` (default 0)
@@ -125,7 +125,9 @@ class BuildExt(build_ext):
         mode = switch("SORAHPC_CUDA", "auto", ("auto", "0", "1"))
         nvcc = find_nvcc()
         if mode == "1" and nvcc is None:
-            fail("SORAHPC_CUDA=1, but no nvcc in CUDA_HOME/bin, on PATH or in /usr/local/cuda/bin")
+            home = os.environ.get("CUDA_HOME")
+            where = f"{home}/bin, where CUDA_HOME is" if home else "PATH or in /usr/local/cuda/bin; set CUDA_HOME"
+            fail(f"SORAHPC_CUDA=1, but no nvcc in {where}")
         emulate = switch("SORAHPC_EMULATE", "0", ("0", "1")) == "1"
         cuda = nvcc is not None and not emulate and (mode == "1" or (mode == "auto" and torch_cuda is not None))
         archs = nvcc_archs(nvcc) if cuda else []  # before anything is compiled: a mistake is told at once
@@ -181,6 +183,8 @@ class BuildExt(build_ext):
             self.extensions = [ops]
         super().build_extensions()
         print(f"sorahpc: kernels built for CPU{' and CUDA: ' + ' '.join(archs) if cuda else ''}", flush=True)
+        if mode == "auto" and torch_cuda is not None and nvcc is None:
+            print(f"sorahpc: no nvcc for torch's CUDA {torch_cuda}: on a GPU the Python references serve", flush=True)
 
     def compile_kernels(self, compiler: str, level: str, flags: list[str]) -> str:
         target = Path(self.build_temp) / f"kernels_{level}.o"
