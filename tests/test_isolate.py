@@ -39,12 +39,18 @@ def bomb():
     while True:
         held.append(bytearray(1 << 24))
 
+def slowly():
+    for _ in range(25):
+        time.sleep(0.1)
+        os.lseek(reading, 1, os.SEEK_CUR)
+
 faults = {
     b"segfault": lambda: ctypes.string_at(0),
     b"abort": os.abort,
     b"exit": lambda: os._exit(3),
     b"hang": lambda: time.sleep(1000),
     b"holds": lambda: ctypes.PyDLL(None).sleep(1000),  # and never gives the interpreter back
+    b"slow": slowly,
     b"bomb": bomb,
     b"bug": lambda: {}["of ours"],
     b"second": lambda: os.abort() if served[1:] else None,  # as after a heap that another file has broken
@@ -54,12 +60,15 @@ faults = {
 }
 
 def serve(request, file, memory):
+    global reading
+    reading = file.fileno()
     served.append(1)
     head = os.pread(file.fileno(), 64, 0).split(b"!")[0]
     try:
         if head in faults:
             faults[head]()
-            return {"found": dict(frames=1, fps=8.0, width=64, height=64, codec="x", duration_s=1.0), "done": True}
+            found = dict(frames=1, fps=8.0, width=64, height=64, codec="x", duration_s=1.0)
+            return {"found": found, "done": True, "by": "nobody"}
     except MemoryError:
         raise
     except Exception as error:
@@ -193,6 +202,20 @@ if sys.argv[1] != "idle":
 else:
     sys.stdin.read()
 """
+
+
+@pytest.mark.parametrize("name", ["hang", "holds"])
+def test_a_hang_late_in_a_film_ends_long_before_the_film_would(
+    tmp_path: Path, faulty: None, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(isolate, "STALLED_S", 1.5)
+    plan = ClipPlan((7000.0, 7001.0), 64, 64)
+    start = time.monotonic()
+    with pytest.raises(VideoError) as caught:
+        decode(fault(tmp_path, name), plan)
+    assert caught.value.reason == "took longer than 1.5 s at byte 0 of the file" and may_pass(caught.value.reason)
+    assert 1.5 <= time.monotonic() - start < 60
+    assert decode(fault(tmp_path, "slow"), plan).shape == (2, 64, 64, 3)  # 2.5 s, and it reads on
 
 
 @pytest.mark.parametrize("name", ["idle", "hang", "holds"])

@@ -35,6 +35,10 @@ from sorahpc.errors import SetupError
 log = logging.getLogger(__name__)
 
 MAX_MEMORY_BYTES = 2 << 30  # of a child. The largest real thing, 16 references of 8K in 10 bits, is 1.6 GB
+# In which a child that gets on has read of its file: 64 kB at a time are a minute's work or two at the most. Without it
+# a hang late in a film would have the days that the whole film may take.
+STALLED_S = 600.0
+_LOOK_S = 10.0
 START_S = 120.0  # for a child to start: 0.3 s, or much longer from a shared file system that is busy
 _STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP)
 _MAX_ANSWER_BYTES = 1 << 16
@@ -103,7 +107,7 @@ class _Child:
 
         Args:
             request: `what`, and its arguments. file: what to look into.
-            deadline_s: how long it may take.
+            deadline_s: how long it may take; STALLED_S without reading on of the file end it before.
             num_bytes: how much memory is shared; afterwards `memory` holds at least so much.
 
         Raises:
@@ -126,20 +130,27 @@ class _Child:
         finally:
             if shared >= 0:
                 os.close(shared)
-        answer = self._answer(deadline_s)
+        answer = self._answer(deadline_s, file.fileno())
         self.used = True
         if answer.get("memory"):
             raise Failed(f"needs more than {MAX_MEMORY_BYTES / (1 << 30):.2g} GB of memory to read")
         return answer
 
-    def _answer(self, deadline_s: float) -> dict[str, Any]:
-        end = time.monotonic() + deadline_s
+    def _answer(self, deadline_s: float, fd: int | None = None) -> dict[str, Any]:
+        now = since = time.monotonic()
+        end, place = now + deadline_s, -1
         data = b""
         while not data.endswith(b"\n"):
-            left = end - time.monotonic()
-            if left <= 0 or len(data) > _MAX_ANSWER_BYTES:
-                raise Failed(f"took longer than {deadline_s:.3g} s" if left <= 0 else "decoder crashed: endless answer")
-            self.socket.settimeout(left)
+            now = time.monotonic()
+            if fd is not None and (at := os.lseek(fd, 0, os.SEEK_CUR)) != place:  # the child's place too: one open file
+                place, since = at, now
+            if len(data) > _MAX_ANSWER_BYTES:
+                raise Failed("decoder crashed: endless answer")
+            if now >= end:
+                raise Failed(f"took longer than {deadline_s:.3g} s")
+            if fd is not None and now >= since + STALLED_S:
+                raise Failed(f"took longer than {STALLED_S:.3g} s at byte {place} of the file")
+            self.socket.settimeout(min(end - now, _LOOK_S, STALLED_S))
             try:
                 part = self.socket.recv(4096)
             except TimeoutError:
