@@ -11,6 +11,7 @@ import av
 import pytest
 from encode_jobs import content, encode_whole, prepared, task, write_broken_world
 
+from sorahpc.config import Config
 from sorahpc.data.cache import INFO
 from sorahpc.data.latents import LatentCache
 from sorahpc.errors import DataError
@@ -44,6 +45,25 @@ def test_other_settings_are_refused_by_field_and_change_nothing(
     with pytest.raises(DataError, match=rf"cache.json: field `{field}`: expected .*, found .*"):
         encode.run(config, task(config))
     assert content(config) == whole
+
+
+def test_shards_of_another_size_are_refused_since_every_clip_would_be_encoded_anew(
+    world: Path, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    def encode_by(size: int) -> Config:
+        config = prepared(world, "sized", encode={"clips_per_shard": size, "cache": str(tmp_path / "cache")})
+        encode.run(config, task(config))
+        return config
+
+    assert content(encode_by(3)) == whole == content(encode_by(3))
+    with pytest.raises(DataError) as caught:
+        encode_by(4)
+    assert str(caught.value) == (
+        f"{tmp_path}/cache: encode.clips_per_shard: expected 3, by which this run's shards there are cut, found 4, by "
+        "which every clip would be encoded anew; set it back, or give a new encode.cache"
+    )
+    shutil.rmtree(tmp_path / "cache")  # nothing is left that would be made anew
+    assert len(content(encode_by(4))) < len(whole)
 
 
 def test_another_vae_or_text_encoder_is_refused_by_its_hash(

@@ -216,7 +216,9 @@ class EncodeConfig(Section):
         "pyav",
         description="dali: what DALI can't read is left to PyAV; auto: dali where it is installed and CUDA is there",
     )
-    clips_per_shard: int = Field(64, ge=1, description="rows of the manifest a shard: what a task claims at a time")
+    clips_per_shard: int = Field(
+        64, ge=1, description="rows of the manifest a shard: what a task claims at a time; fixed once a cache is begun"
+    )
     resources: ArrayResources = Field(
         ArrayResources(), description="tasks: how many are started; more may join while they run, and any may go"
     )

@@ -62,11 +62,21 @@ class PlanIndex:
     or another run's. Where there was none yet, these are the shards that it shall be of.
     """
 
-    def __init__(self, task: Task, folder: Path, plan: list[PlannedShard]) -> None:
+    def __init__(self, task: Task, folder: Path, plan: list[PlannedShard], clips_per_shard: int) -> None:
+        """Raises DataError where the run's shards that are there were cut by another `clips_per_shard`."""
         self.task, self.folder, self.shards = task, folder, [shard.name for shard in plan]
+        self.clips_per_shard = clips_per_shard
         digest = hashlib.sha256("\n".join(self.shards).encode()).hexdigest()
         self.name = f"index-{digest[:16]}"
         self.told = _told(task.run_dir)
+        last = self._last()
+        before = last["clips_per_shard"]
+        if before != clips_per_shard and set(map(str, last["shards"])) & set(os.listdir(folder)):
+            raise DataError(
+                f"{shown(folder)}: encode.clips_per_shard: expected {before}, by which this run's shards there are "
+                f"cut, found {clips_per_shard}, by which every clip would be encoded anew; set it back, or give a new "
+                "encode.cache"
+            )
 
     def forget(self) -> None:
         """To be called before a shard is put where none was. Raises DataError."""
@@ -136,12 +146,16 @@ class PlanIndex:
             return set()
 
     def _planned(self) -> dict[str, Any]:
-        return {"cache": str(self.folder.resolve()), "shards": self.shards}
+        return {
+            "cache": str(self.folder.resolve()),
+            "clips_per_shard": self.clips_per_shard,
+            "shards": self.shards,
+        }
 
     def _last(self) -> dict[str, Any]:
         planned, told = self._planned(), read_json(self.told) or {}
         same = told.get("cache") == planned["cache"] and isinstance(told.get("shards"), list)
-        return {name: told[name] for name in planned} if same else planned
+        return {name: told.get(name, value) for name, value in planned.items()} if same else planned
 
     def _tell(self, told: dict[str, Any]) -> None:
         try:

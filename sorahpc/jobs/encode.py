@@ -153,7 +153,7 @@ def run(config: Config, task: Task) -> None:
         f"{task.launch}:{task.rank}",
         task.restart,
     )
-    index = PlanIndex(task, folder, plan)
+    index = PlanIndex(task, folder, plan, config.encode.clips_per_shard)
     most_ahead = max(AHEAD, config.encode.resources.cpus_per_task)
     with claims:
         _Line(task, claims, index, every, vae, config.clip.fps, twice, most_ahead).run()
