@@ -33,6 +33,7 @@ BROKEN = [
     ("train.precision=fp8", "train.precision: expected 'auto', 'fp32' or 'bf16', found"),
     ("train.resources.nodes=-1", "train.resources.nodes: expected greater than or equal to 1"),
     ("model.num_heads=5", "model.num_heads: expected a divisor of dim = 12, not 5"),
+    ("model.dim=516", "model.num_heads: expected dim / num_heads at most 256 for rope3d, not 516 / 1"),
     ("model.patch=[1,2]", "model.patch.2: missing"),
     ("model=Z", "model: no file for 'Z'; expected a .yaml path or one of"),
     ("cluster=nowhere", "cluster: no file for 'nowhere'"),

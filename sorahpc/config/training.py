@@ -138,6 +138,8 @@ class ModelConfig(Section):
             raise ValueError(f"num_heads: a divisor of dim = {self.dim}, not {self.num_heads}")
         if self.head_dim % 2:
             raise ValueError(f"num_heads: dim / num_heads must be even, not {self.dim} / {self.num_heads}")
+        if self.position != "sincos3d" and self.head_dim > 256:  # ops.rope.MAX_HEAD_DIM
+            raise ValueError(f"num_heads: dim / num_heads at most 256 for rope3d, not {self.dim} / {self.num_heads}")
         if self.mlp_dim < 1:
             raise ValueError(f"mlp_ratio: at least 1 / dim = 1 / {self.dim}, not {self.mlp_ratio}")
         if min(self.patch) < 1:
