@@ -5,8 +5,11 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import sys
 from fractions import Fraction
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import av
 import numpy as np
@@ -14,6 +17,7 @@ import pytest
 from videos import claim_matrix, cut, numbered, numbers, recording, write_video
 
 from sorahpc.data import dali, isolate
+from sorahpc.data.container import Unusable
 from sorahpc.data.decode import ClipPlan, VideoError, decode, decode_by
 from sorahpc.errors import SetupError
 from sorahpc.jobs import encode
@@ -165,6 +169,91 @@ def test_a_file_that_is_cut_off_is_refused_and_one_that_kills_dali_is_read_by_py
     clip, reader = decode_by("dali", whole, plan)
     isolate.end_all()
     assert reader == "pyav" and numbers(clip) == list(range(96))
+
+
+class FakeDali:
+    """Stands for DALI on a GPU: what it gives is what PyAV reads, changed or refused."""
+
+    def __init__(self, path: Path, change: Any = lambda frames: frames) -> None:
+        with av.open(str(path)) as container:
+            frames = [f.to_ndarray(format="rgb24", src_colorspace="ITU601") for f in container.decode(video=0)]
+        self.frames, self.change, self.decoders, self.devices = np.stack(frames), change, self, set[str]()
+
+    def video(self, data: np.ndarray, device: str, frames: list[int]) -> Any:
+        self.devices.add(device)
+        made = self.change(self.frames[frames])
+        return SimpleNamespace(cpu=lambda: made)
+
+
+def raises(error: Exception) -> Any:
+    def fail(frames: np.ndarray) -> np.ndarray:
+        raise error
+
+    return fail
+
+
+def by_fake(monkeypatch: pytest.MonkeyPatch, fake: FakeDali, path: Path, plan: ClipPlan) -> np.ndarray:
+    monkeypatch.setattr(dali, "_on_gpu", lambda: True)
+    monkeypatch.setattr(dali, "_dynamic", lambda gpu: fake)
+    monkeypatch.setattr(dali, "_kinds", set())
+    clip = np.zeros((len(plan.times_s), plan.height, plan.width, 3), np.uint8)
+    with open(path, "rb") as file:
+        dali.decode_dali(file, plan, clip, 3)
+    return clip
+
+
+def test_on_a_gpu_whatever_dali_raises_is_a_reason_to_ask_pyav(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, plan = write_video(tmp_path / "a.mp4", numbered(9)), at(64, 64, 0, 0.25)
+    fake = FakeDali(path)
+    assert numbers(by_fake(monkeypatch, fake, path, plan)) == numbers(decode(path, plan)) and fake.devices == {"gpu:0"}
+    wrapped = RuntimeError("An error happened during asynchronous execution")
+    wrapped.__cause__ = RuntimeError("Codec configuration not supported on this GPU")
+    for error, why in {
+        wrapped: "DALI: Codec configuration not supported on this GPU",
+        AssertionError(): "DALI: AssertionError",
+        ValueError("Invalid device id"): "DALI: Invalid device id",
+        MemoryError("Can't allocate 9 bytes on device 0."): "DALI: Can't allocate 9 bytes on device 0",
+    }.items():
+        with pytest.raises(Unusable, match=why):
+            by_fake(monkeypatch, FakeDali(path, raises(error)), path, plan)
+    monkeypatch.setattr(dali, "_dynamic", raises(RuntimeError("CUDA driver version is insufficient")))
+    assert dali.refuses("h264", "yuv420p", 1, 0) == "no DALI: CUDA driver version is insufficient"
+
+
+def test_on_a_gpu_frames_in_another_range_or_out_of_packets_order_are_left_to_pyav(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, plan = write_video(tmp_path / "a.mp4", numbered(9)), at(64, 64, 0, 0.25)
+    wrong = FakeDali(path, lambda frames: (frames.astype(float) * 219 / 255 + 16).astype(np.uint8))
+    with pytest.raises(Unusable, match=r"DALI: its first frame is .* of 255 levels off"):
+        by_fake(monkeypatch, wrong, path, plan)
+    for codec in ("vp9", "av1", "mjpeg", "mpeg4"):
+        assert dali.refuses(codec, "yuv420p", 1, 0) == f"{codec} is not for DALI on the GPU"
+
+
+@pytest.mark.parametrize(("shown", "left"), [(None, "2"), ("4,5,6,7", "6"), ("GPU-a,GPU-b", "GPU-a,GPU-b"), ("", "")])
+def test_a_child_sees_the_gpu_of_its_task_alone(shown: str | None, left: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", shown or "")
+    if shown is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    fake = SimpleNamespace(set_num_threads=lambda num: None)
+    for name in ("nvidia", "nvidia.dali", "nvidia.dali.experimental"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setattr(sys.modules["nvidia.dali.experimental"], "dynamic", fake, raising=False)
+    monkeypatch.setitem(sys.modules, "nvidia.dali.experimental.dynamic", fake)
+    assert dali._dynamic.__wrapped__(2) is fake
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == left
+
+
+def test_a_child_that_has_had_videos_of_many_kinds_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, plan = write_video(tmp_path / "a.mp4", numbered(9)), at(64, 64, 0)
+    isolate.end_all()
+    start = isolate._START.replace("; isolate.serve", "; from sorahpc.data import dali; {}; isolate.serve")
+    for kinds, idle in ((3, 1), (4, 0)):
+        monkeypatch.setattr(isolate, "_START", start.format(f"dali._kinds.update(range({kinds}))"))
+        decode(path, plan)
+        assert len(isolate._idle) == idle
+        isolate.end_all()
 
 
 def test_dali_is_asked_for_only_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:

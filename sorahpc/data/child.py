@@ -11,7 +11,7 @@ import numpy as np
 
 from sorahpc.data import measures
 from sorahpc.data.container import Unusable
-from sorahpc.data.dali import decode_dali
+from sorahpc.data.dali import decode_dali, is_spent
 from sorahpc.data.frames import ClipPlan, decode, measure, probe
 
 
@@ -21,8 +21,8 @@ def serve(request: dict[str, Any], file: IO[bytes], memory: Any) -> dict[str, An
     Returns:
         for JSON: {"found": fields of Probe}; {"done": True, "clips": N, "frames": of the video, "too_short": scenes
         that were left out} with CLIP [N] at the start of `memory`; {"done": True, "by": who decoded, "refusal": why it
-        was not DALI} with the pixels at the start of `memory`; or {"unusable": reason}, with "trace" for an exception
-        that nobody foresaw.
+        was not DALI, "last": whether this process is better ended} with the pixels at the start of `memory`; or
+        {"unusable": reason}, with "trace" for an exception that nobody foresaw.
 
     Raises:
         MemoryError.
@@ -44,11 +44,11 @@ def serve(request: dict[str, Any], file: IO[bytes], memory: Any) -> dict[str, An
         if request["by"] == "dali":
             try:
                 decode_dali(file, plan, clip, request["gpu"])
-                return {"done": True, "by": "dali"}
+                return {"done": True, "by": "dali", "last": is_spent()}
             except Unusable as error:
                 refusal = str(error)
         decode(file, plan, clip)
-        return {"done": True, "by": "pyav", "refusal": refusal}
+        return {"done": True, "by": "pyav", "refusal": refusal, "last": is_spent()}
     except Unusable as error:
         return {"unusable": str(error)}
     except MemoryError:

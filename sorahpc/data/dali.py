@@ -2,7 +2,7 @@
 
 Where there is a CUDA device its NVDEC reads the file, elsewhere DALI's own CPU codecs. Both give frames by their
 numbers, as RGB by BT.601 whatever the stream says, in the range that it flags, with chroma interpolated. Here it is
-found out when frames are shown, and the matrix is put right.
+found out when frames are shown, and the matrix is put right. Whatever goes wrong in DALI, PyAV reads the file.
 """
 
 from __future__ import annotations
@@ -24,11 +24,16 @@ from sorahpc.data.pictures import colorspace_of, is_unusual, pixels, turn_of
 
 MAX_FILE_BYTES = 256 << 20  # a file is handed over whole, in memory
 _CPU = ("vp8", "vp9", "mjpeg")
-_GPU = ("vp9", "mjpeg", "h264", "hevc", "av1", "mpeg4")
+# NVDEC has more. DALI tells its frames by the order of packets, one each: of VP9 and AV1 a packet may show a frame that
+# was decoded before, and all later ones would be off by one. Of MJPEG the parser need not say that its range is full.
+_GPU = ("h264", "hevc")
 _EIGHT_BITS = ("yuv420p", "yuvj420p", "nv12")
 _AVCOL_SPC_SMPTE170M = 6  # as in a frame; it is BT.601's
 _MAX_CLIPPED = 1e-3  # such a pixel is up to 30 levels off
+_MAX_AWAY = 6.0  # on the mean; hard edges with chroma between them come to 3, another range to 9
 _HELD_BYTES = 256 << 20  # of frames that are held at a time
+_MAX_KINDS = 4
+_kinds: set[tuple[str, int, int]] = set()  # that this process's GPU has decoded: codec, width, height
 
 
 def installed() -> bool:
@@ -36,8 +41,16 @@ def installed() -> bool:
 
 
 @functools.cache
-def _dynamic() -> Any:
-    """DALI's dynamic mode, one thread. Raises ImportError."""
+def _dynamic(gpu: int) -> Any:
+    """DALI's dynamic mode, one thread, on that GPU where there is any. Raises ImportError.
+
+    From here on the process sees no other GPU. Else DALI would take streams and threads of the first one for a decoder
+    on another, which fails, and hold half a gigabyte of it for each child of each task.
+    """
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = [str(gpu)] if shown is None else shown.split(",")[gpu : gpu + 1]
+    if names:
+        os.environ["CUDA_VISIBLE_DEVICES"] = names[0]
     import nvidia.dali.experimental.dynamic as dynamic
 
     dynamic.set_num_threads(1)
@@ -50,12 +63,19 @@ def _on_gpu() -> bool:
     return bool(backend.GetCUDADeviceCount() > 0)
 
 
-def refuses(codec: str, pix_fmt: str, num_bytes: int) -> str:
+def is_spent() -> bool:
+    """Whether this process is better ended: DALI keeps a decoder for each kind of video, up to 100 of them, and one of
+    4K holds a quarter of a gigabyte of the GPU's memory, which the VAE would lack. To start anew takes a second."""
+    return len(_kinds) >= _MAX_KINDS
+
+
+def refuses(codec: str, pix_fmt: str, num_bytes: int, gpu: int) -> str:
     """Why DALI can't read a stream of this kind here; "" if it can."""
     try:
-        _dynamic()
-    except ImportError as error:
-        return f"no DALI: {error}"
+        _dynamic(gpu)
+        _on_gpu()
+    except Exception as error:  # ImportError, or what a driver that doesn't fit makes of it
+        return f"no DALI: {_words(error)}"
     if codec not in (_GPU if _on_gpu() else _CPU):
         return f"{codec} is not for DALI on the {'GPU' if _on_gpu() else 'CPU'}"
     if pix_fmt not in _EIGHT_BITS:
@@ -77,11 +97,15 @@ def read(data: np.ndarray, numbers: list[int], gpu: int) -> np.ndarray:
         uint8 [T, H, W, 3], RGB by BT.601.
 
     Raises:
-        RuntimeError: DALI can't.
+        RuntimeError, and others: DALI can't. MemoryError: of the GPU too.
     """
-    device = f"gpu:{gpu}" if _on_gpu() else "cpu"
-    frames = _dynamic().decoders.video(data, device=device, frames=numbers)
-    return np.asarray(frames.cpu())
+    dynamic = _dynamic(gpu)  # it sees this one alone, as its first
+    return np.asarray(dynamic.decoders.video(data, device="gpu:0" if _on_gpu() else "cpu", frames=numbers).cpu())
+
+
+def _words(error: Exception) -> str:
+    """What is wrong, in a line: of an error in its other thread DALI says that in the cause."""
+    return " ".join(str(error.__cause__ or error).split())[:200] or type(error).__name__
 
 
 def decode_dali(file: IO[bytes], plan: ClipPlan, clip: np.ndarray, gpu: int) -> None:
@@ -93,7 +117,8 @@ def decode_dali(file: IO[bytes], plan: ClipPlan, clip: np.ndarray, gpu: int) -> 
     """
     with opened(file) as (container, stream):
         num_bytes = os.fstat(file.fileno()).st_size
-        if refusal := refuses(stream.codec_context.codec.canonical_name, stream.codec_context.pix_fmt, num_bytes):
+        codec = stream.codec_context.codec.canonical_name
+        if refusal := refuses(codec, stream.codec_context.pix_fmt, num_bytes, gpu):
             raise Unusable(refusal)
         first, times_s, ends_s = _timed(container, stream, plan.times_s[-1])
         if plan.times_s[-1] >= ends_s + TIME_TOLERANCE_S:
@@ -103,17 +128,21 @@ def decode_dali(file: IO[bytes], plan: ClipPlan, clip: np.ndarray, gpu: int) -> 
         numbers = np.searchsorted(times_s - TIME_TOLERANCE_S, plan.times_s, side="right") - 1
         told = colorspace_of(first)
         by_601 = told in (Colorspace.ITU601, Colorspace.ITU624, _AVCOL_SPC_SMPTE170M)
-        reformatter = VideoReformatter()
+        reformatter, size = VideoReformatter(), (plan.height, plan.width)
         needed = sorted(set(numbers.tolist()))
         at_once = max(1, _HELD_BYTES // (first.width * first.height * 3))
         file.seek(0)
         data = np.frombuffer(file.read(), np.uint8)
+        if _on_gpu():
+            _kinds.add((codec, first.width, first.height))
         for i in range(0, len(needed), at_once):
             group = needed[i : i + at_once]
             try:
                 pictures = read(data, group, gpu)
-            except RuntimeError as error:
-                raise Unusable(f"DALI: {' '.join(str(error).split())[:200]}") from None
+            except Exception as error:  # of any type, by where in it the fault is
+                if isinstance(error, MemoryError) and not _on_gpu():
+                    raise
+                raise Unusable(f"DALI: {_words(error)}") from None  # the GPU's memory may be the VAE's; PyAV needs none
             if pictures.shape != (len(group), first.height, first.width, 3):
                 raise Unusable(f"DALI: frames of another size: {pictures.shape}")
             if not by_601 and _clipped(pictures) > _MAX_CLIPPED:
@@ -129,7 +158,17 @@ def decode_dali(file: IO[bytes], plan: ClipPlan, clip: np.ndarray, gpu: int) -> 
                         threads=1,
                     )
                     frame.colorspace, frame.color_range = told, ColorRange.JPEG
-                clip[numbers == number] = pixels(frame, turn_of(first), stream, (plan.height, plan.width), reformatter)
+                shown = pixels(frame, turn_of(first), stream, size, reformatter)
+                # Of a range that only the container flags NVDEC knows nothing; then PyAV's picture is another.
+                if number == 0:
+                    away = _mean_error(shown, pixels(first, turn_of(first), stream, size, reformatter))
+                    if away > _MAX_AWAY:
+                        raise Unusable(f"DALI: its first frame is {away:.1f} of 255 levels off")
+                clip[numbers == number] = shown
+
+
+def _mean_error(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.abs(a.astype(np.int16) - b).mean())
 
 
 def _clipped(pictures: np.ndarray) -> float:

@@ -250,7 +250,10 @@ def ask(
     except BaseException:  # an interrupt too: what the child is doing is then unknown
         child.end()
         raise
-    _idle.append(child)
+    if answer.get("last"):
+        child.end()
+    else:
+        _idle.append(child)
     return answer, written
 
 
