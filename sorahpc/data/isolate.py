@@ -43,7 +43,11 @@ START_S = 120.0  # for a child to start: 0.3 s, or much longer from a shared fil
 _STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP)
 _MAX_ANSWER_BYTES = 1 << 16
 _MAX_STDERR_BYTES = 1 << 16
-_ENVIRONMENT = ("LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "NVIDIA_VISIBLE_DEVICES", "TZ")
+# Those of MPS too: where it shares a GPU among processes, one that doesn't find it gets no place there.
+_ENVIRONMENT = (
+    "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "NVIDIA_VISIBLE_DEVICES", "CUDA_MPS_PIPE_DIRECTORY",
+    "CUDA_MPS_LOG_DIRECTORY", "TZ",
+)  # fmt: skip
 # Without site: no .pth file and no sitecustomize of the environment, and half the time to start.
 _START = (
     "import sys; sys.path[:] = sys.argv[3:]; from sorahpc.data import isolate; isolate.serve(*map(int, sys.argv[1:3]))"
