@@ -523,7 +523,7 @@ def test_encode_stores_both_captions_and_a_new_one_makes_only_its_shard_again(
     encode.run(config, Task(run, "encode"))
     assert len(encoded) == 2 and "another text of it" in LatentCache(run / "cache").detailed
     # A cached clip still finds its video, to be held beside its reconstruction.
-    evaluate.reconstruct(config, lambda: None)
+    evaluate.reconstruct(config, "cpu", lambda: None)
     made = json.loads((run / "reconstructions/reconstructions.json").read_text())
     assert len(made["clips"]) == 6
     encode.run(plain, Task(run, "encode"))  # without the section, the first caption alone, under the video's own key

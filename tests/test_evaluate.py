@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from models import write_t5, write_vae
 
 from sorahpc.config import Config
@@ -18,6 +19,7 @@ from sorahpc.data.mp4 import write_mp4
 from sorahpc.data.toyworld import caption, render, scene_of, write_world
 from sorahpc.errors import DataError, Stopped
 from sorahpc.jobs import encode, evaluate, prepare
+from sorahpc.models.vae import Vae, load_vae
 from sorahpc.report import ASPECTS, shares
 from sorahpc.runs import Task
 
@@ -130,6 +132,20 @@ def reconstructed(config: Config) -> list[str]:
     assert data["keys"] == [clip["key"] for clip in data["clips"]]
     assert all(0 < clip["psnr_db"] < 99 and -1 <= clip["ssim"] < 1 for clip in data["clips"])
     return [names[key] for key in data["keys"]]
+
+
+def test_on_a_gpu_node_the_vae_decodes_on_the_gpu_of_the_task(encoded: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    devices = []
+
+    def load(path: Path, dtype: str, device: torch.device, tiling: object) -> Vae:
+        devices.append(str(device))
+        return load_vae(path, dtype, "cpu")
+
+    monkeypatch.setattr(evaluate, "load_vae", load)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    run(encoded, local_rank=6)
+    assert devices == ["cuda:2"]
 
 
 def test_copies_and_renames_do_not_hide_the_videos_that_are_used(encoded: Config) -> None:

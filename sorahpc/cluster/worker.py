@@ -43,6 +43,7 @@ JOINED = ("encode",)
 MEMORY = {
     "caption": "caption.frames or caption.frame_area_px",
     "encode": "clip.max_area_px or clip.max_frames",
+    "evaluate": "clip.max_area_px or clip.max_frames; evaluate.reconstructions=0 leaves the VAE out",
     "train": "train.tokens_per_pack, with train.packs_per_step or train.tp raised for it",
     "sample": "sample.prompts_per_pack, or of sample.frames, height or width",
     "train-vae": "train_vae.window_frames or train_vae.crop_px",

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from sorahpc.config import ClipConfig, Config
 from sorahpc.data.captions import with_captions
@@ -58,7 +59,11 @@ def run(config: Config, task: Task) -> None:
         write_json(config.samples_dir / "judgements.json", {"format": 1, "samples": rows})
         log.info("judged %d samples: %s", len(rows), _counts(rows))
     if config.evaluate.reconstructions:
-        reconstruct(config, advance)
+        # A real VAE decodes a clip in seconds there, and in minutes to hours on a node's CPUs.
+        device = (
+            torch.device("cuda", task.local_rank % torch.cuda.device_count()) if torch.cuda.is_available() else "cpu"
+        )
+        reconstruct(config, device, advance)
 
 
 def _sample_files(config: Config) -> list[tuple[Path, str]]:
@@ -105,7 +110,7 @@ def _counts(rows: list[dict[str, Any]]) -> str:
     return ", ".join(f"{a} {sum(r[a]['ok'] for r in rows)}" for a in ("visible", "colour", "shape", "direction"))
 
 
-def reconstruct(config: Config, advance: Callable[[], None]) -> None:
+def reconstruct(config: Config, device: torch.device | str, advance: Callable[[], None]) -> None:
     """Decode cached latents spread over the cache, and write them beside the real clips with their PSNR and SSIM."""
     assert config.vae is not None
     folder = config.run_dir / "reconstructions"
@@ -119,7 +124,7 @@ def reconstruct(config: Config, advance: Callable[[], None]) -> None:
         for _ in chosen:
             advance()
         return
-    vae = load_vae(config.vae.path, config.vae.dtype, tiling=config.vae.tiling)
+    vae = load_vae(config.vae.path, config.vae.dtype, device, config.vae.tiling)
     for field, expected in cache.info["vae"].items():
         if (found := getattr(vae, field, None)) != expected:
             raise DataError(
