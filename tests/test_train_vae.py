@@ -18,13 +18,13 @@ from ranks import free_port, run_on_ranks
 from safetensors.torch import load_file, save_file
 from vae_trainings import WAN_TINY, all_terms, configure, spec_of, write_lpips, write_wan
 
-from sorahpc.config import Config
+from sorahpc.config import Config, VaeConfig
 from sorahpc.data import keys
 from sorahpc.data.batches import Batches
 from sorahpc.data.clips import ClipCache
 from sorahpc.data.manifest import Video, read_manifest, write_manifest
 from sorahpc.data.toyworld import render, scene_of
-from sorahpc.errors import ConfigError, DataError, NumericsError, Stopped
+from sorahpc.errors import ConfigError, DataError, NumericsError, SetupError, Stopped
 from sorahpc.jobs import train_vae
 from sorahpc.jobs.train_vae import measure, summary
 from sorahpc.models.vae import WEIGHTS, Vae, build_vae, load_vae
@@ -115,6 +115,27 @@ def test_two_ranks_train_as_one_does_and_go_on_where_one_has_stopped(world: Path
         assert off < 1e-2 * moved, (name, off / moved)
         results = [json.loads((tmp_path / n / "r/train_vae/result.json").read_text()) for n in ("one", name)]
         assert results[1]["clips"] == 2 and results[1]["psnr_db"] == pytest.approx(results[0]["psnr_db"], abs=0.05)
+
+
+def test_whole_clips_that_the_gpu_has_no_memory_for_are_measured_in_parts_by_the_next_run(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Training sees windows and crops; neither they nor the clips can be made smaller once there is a state."""
+    config = at(tmp_path, world, steps=1, **WAN_TINY)
+    encode = Vae._encode_part
+
+    def small(vae: Vae, x: torch.Tensor) -> torch.Tensor:
+        if x.shape[-1] > 32:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return encode(vae, x)
+
+    monkeypatch.setattr(Vae, "_encode_part", small)
+    with pytest.raises(SetupError, match=r"vae.tiling: train_vae is done and saved, but .* \(CUDA out of memory"):
+        train_vae.run(config, Task(config.run_dir, "train-vae"))
+    tiled = {"path": str(tmp_path / "vae"), "tiling": {"tile_px": 32, "overlap_px": 8}}
+    config = config.model_copy(update={"vae": VaeConfig.model_validate(tiled)})
+    train_vae.run(config, Task(config.run_dir, "train-vae"))
+    assert json.loads((config.run_dir / "train_vae/result.json").read_text())["clips"] == 2
 
 
 @pytest.mark.parametrize("before", [True, False])

@@ -5,8 +5,9 @@ function of (seed, step): the ranks only share it out. Clips are decoded ahead o
 that needs them, and kept as far as `cache_gb` goes.
 
 State is saved every `save_every` steps (safetensors: no pickle), whole and by one rank, so that a rerun goes on from it
-on any number of ranks; on the same number bit by bit. The folder of videos may grow or shrink between two runs, what
-decides how clips are cut may not: a state of other settings is refused, by field.
+on any number of ranks; on the same number of CPUs bit by bit. (On GPUs the gradients of convolutions are summed in an
+order that differs from run to run, and to fix it costs speed.) The folder of videos may grow or shrink between two
+runs, what decides how clips are cut may not: a state of other settings is refused, by field.
 
 A clip that was trained on is never among those held out, whatever becomes of the folder (sorahpc.data.holdout): the
 state and, for who starts from it, train_vae.json beside the weights keep the limit by which they were chosen.
@@ -28,7 +29,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from sorahpc.config import ClipConfig, Config, TrainVaeConfig
+from sorahpc.config import ClipConfig, Config, TilingConfig, TrainVaeConfig
 from sorahpc.data.batches import Batches
 from sorahpc.data.clips import ClipCache
 from sorahpc.data.decode import ClipPlan, decode, plan_clip
@@ -36,7 +37,7 @@ from sorahpc.data.holdout import limit_of, place_of
 from sorahpc.data.keys import check_unchanged
 from sorahpc.data.manifest import MANIFEST, Video, read_manifest, read_rows
 from sorahpc.distributed.mesh import any_rank, init_process_group, pick_device
-from sorahpc.errors import ConfigError, DataError, NumericsError, Stopped
+from sorahpc.errors import ConfigError, DataError, NumericsError, SetupError, Stopped
 from sorahpc.metrics.similarity import psnr_db, ssim
 from sorahpc.models.vae import WEIGHTS, Vae, load_vae, save_vae
 from sorahpc.models.vae_start import NOTE, init_limit, start_vae
@@ -52,7 +53,7 @@ def run(config: Config, task: Task) -> None:
     Raises:
         ConfigError: sections missing, or a class, weights or settings that don't go together. DataError: no usable
         clip, or a state of other settings. Stopped: saved on request. NumericsError: a loss, a weight or a result that
-        is not finite; `out` is left as it was.
+        is not finite; `out` is left as it was. SetupError: whole clips don't fit into the GPU's memory.
     """
     config.need("train_vae")
     spec = config.train_vae
@@ -85,19 +86,27 @@ def run(config: Config, task: Task) -> None:
             trainer = Trainer(vae, Batches(clips, learned, vae, spec, task.rank, task.world_size), spec, device)
             trainer.resume(state)
             _train(trainer, spec, task, state, {"settings": settings, "held_out_below": limit})
-        result = _finish(trainer, spec, task, {"held_out_below": min(limit, before_init)}, load, held)
+        tiling = config.vae.tiling if config.vae else None
+        result = _finish(trainer, spec, task, {"held_out_below": min(limit, before_init)}, load, held, tiling)
         if task.rank == 0:
             write_json(folder / "result.json", result)
             log.info("wrote %s: %s", spec.out, json.dumps(result))
 
 
 def _finish(
-    trainer: Trainer, spec: TrainVaeConfig, task: Task, note: dict[str, Any], load: Any, held: list[int]
-) -> dict[str, Any]:
+    trainer: Trainer, spec: TrainVaeConfig, task: Task, note: dict[str, Any], load: Any, held: list[int],
+    tiling: TilingConfig | None,
+) -> dict[str, Any]:  # fmt: skip
     """Write the autoencoder, measure it as it is read back, and only then put it where `out` is read.
+
+    Args:
+        tiling: how whole clips are cut, where training saw windows and crops that take less of a GPU's memory.
 
     Returns:
         of rank 0: what was measured.
+
+    Raises:
+        NumericsError: as `run`. SetupError: the GPU's memory is too small for a whole clip.
     """
     aside = spec.out / ".new"
     if task.rank == 0:
@@ -105,9 +114,16 @@ def _finish(
         write_json(aside / NOTE, {**trainer.note(), **note})
     any_rank(False)  # it is written
     try:
-        made = load_vae(aside, device=trainer.device)
+        made = load_vae(aside, device=trainer.device, tiling=tiling)
         shared: list[Any] = [None] * task.world_size
-        dist.all_gather_object(shared, measure(made, load, held[task.rank :: task.world_size]))
+        try:
+            rows = measure(made, load, held[task.rank :: task.world_size])
+        except torch.OutOfMemoryError as error:  # smaller windows and crops would not help: these are whole clips
+            raise SetupError(
+                f"vae.tiling: train_vae is done and saved, but the GPU lacks memory to measure whole clips "
+                f"({str(error).splitlines()[0]}); run it again with vae.tiling, or on a GPU with more"
+            ) from None
+        dist.all_gather_object(shared, rows)
         result = summary([row for rows in shared for row in rows])
         if task.rank == 0:
             _check_finite(made, result, spec)
