@@ -76,6 +76,24 @@ def test_each_length_that_a_class_takes_comes_back_as_long(name: str) -> None:
             assert vae.decode(vae.encode(clip)).shape == clip.shape
 
 
+def test_hunyuanvideo_15_masks_at_once_what_diffusers_masks_place_by_place_and_takes_a_batch() -> None:
+    class_name, arch, _, _ = ZOO["HunyuanVideo 1.5"]
+    torch.manual_seed(0)
+    vae = build_vae(class_name, arch)
+    blocks = [m for m in vae.module.modules() if hasattr(m, "prepare_causal_attention_mask")]
+    own = type(blocks[0]).prepare_causal_attention_mask
+    for sizes in ((1, 1), (3, 6), (4, 1)):
+        mask = blocks[0].prepare_causal_attention_mask(*sizes, torch.bfloat16, "cpu", batch_size=1)
+        assert torch.equal(mask, own(*sizes, torch.bfloat16, "cpu", batch_size=1))
+    clips = torch.rand(2, 3, 5, 64, 64)
+    both = vae.module.encode(clips).latent_dist.mode()
+    apart = torch.cat([vae.module.encode(clip[None]).latent_dist.mode() for clip in clips])
+    assert torch.allclose(both, apart, atol=1e-5)
+    for block in blocks:
+        del block.prepare_causal_attention_mask  # which leaves that of diffusers
+    assert torch.equal(vae.module.encode(clips[:1]).latent_dist.mode(), apart[:1])
+
+
 @pytest.mark.parametrize("shape", [(16, 64, 64), (4, 64, 64), (9, 60, 64), (9, 64, 4), (0, 64, 64)])
 def test_a_clip_that_breaks_the_rule_is_refused_not_cut(cosmos: Path, shape: tuple[int, int, int]) -> None:
     vae = load_vae(cosmos)

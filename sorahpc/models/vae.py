@@ -72,6 +72,9 @@ class Vae:
         self.weights_sha256 = weights_sha256
         self.config_sha256 = _config_sha256(module)
         self.module = module
+        for part in module.modules():
+            if hasattr(part, "prepare_causal_attention_mask"):
+                part.prepare_causal_attention_mask = _causal_mask
         self.dtype = dtype
         self.device = device
         # LTX from 0.9.5 on is a denoising decoder; its own pipeline decodes at timestep 0, without noise, by default.
@@ -218,6 +221,19 @@ class Vae:
         if tuple(x.shape) != expected:
             raise ConfigError(f"vae: {self.id} decoded {list(z.shape)} to {list(x.shape)}, not {list(expected)}")
         return x
+
+
+def _causal_mask(
+    n_frame: int, n_hw: int, dtype: torch.dtype, device: torch.device, batch_size: int | None = None
+) -> torch.Tensor:
+    """What a place of HunyuanVideo 1.5's attention sees, as its module asks for it: 0, or -inf for later frames.
+
+    diffusers 0.42 fills it row by row, on a GPU a launch for each of a clip's ten thousands of places; and what it
+    makes for a batch is read as for heads, so that two clips fail. Here [1, places, places], for all of a batch.
+    """
+    frame = torch.arange(n_frame, device=device).repeat_interleave(n_hw)
+    mask = torch.zeros(len(frame), len(frame), dtype=dtype, device=device)
+    return mask.masked_fill_(frame > frame[:, None], float("-inf"))[None]
 
 
 def _config_sha256(module: Any) -> str:
