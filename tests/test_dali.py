@@ -77,6 +77,23 @@ def test_real_pictures_are_the_same_by_both(tmp_path: Path, codec: str, suffix: 
 
 
 @needs_dali
+@pytest.mark.gpu
+@pytest.mark.parametrize("codec", ["libx264", "libx265"])
+def test_on_a_gpu_pictures_and_their_order_are_the_same_by_both(tmp_path: Path, codec: str) -> None:
+    with av.open(str(recording("bikes"))) as container:
+        frames = np.stack(
+            [f.to_ndarray(format="rgb24") for _, f in zip(range(12), container.decode(video=0), strict=False)]
+        )
+    for colorspace, color_range in ((1, 1), (5, 1), (5, 2)):
+        path = transcoded(tmp_path / "a.mp4", frames[:, :272, :640], codec, colorspace, color_range)
+        for plan in (at(272, 640, 0, 0.1, 0.2, 0.21, 0.4), at(64, 96, 0.2, 0.4)):
+            error = np.abs(decode(path, plan).astype(int) - read_by_dali(path, plan))
+            assert error.mean() < 1 and np.percentile(error, 99) <= 4, (colorspace, color_range)
+    counted = write_video(tmp_path / "b.mp4", numbered(60, 160, 160), fps=25, codec=codec, options={"bf": "3"})
+    assert numbers(read_by_dali(counted, at(160, 160, *(i / 25 for i in range(60))))) == list(range(60))
+
+
+@needs_dali
 def test_frames_are_chosen_by_their_times(tmp_path: Path) -> None:
     steady = write_video(tmp_path / "a.webm", numbered(50), fps=25, codec="libvpx-vp9", audio=True)
     assert numbers(read_by_dali(steady, at(64, 64, *(i / 8 for i in range(13))))) == [i * 25 // 8 for i in range(13)]

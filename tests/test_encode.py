@@ -257,10 +257,19 @@ def test_a_video_that_becomes_usable_in_the_middle_makes_only_its_own_shard_agai
 
 
 @pytest.mark.gpu
-def test_on_cuda_in_bfloat16_the_latents_are_near_those_of_the_cpu(world: Path, whole: dict[str, bytes]) -> None:
-    config = prepared(world, "cuda", vae={"path": str(world / "vae"), "dtype": "bfloat16"})
-    encode.run(config, task(config))
-    here, there = LatentCache(config.cache_dir), LatentCache(prepared(world, "whole").cache_dir)
+def test_on_cuda_in_bfloat16_the_latents_are_near_those_of_the_cpu_and_the_same_again(
+    world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sections = {"encode": {"clips_per_shard": 3, "decoder": "pyav"}}
+    low = {**sections, "vae": {"path": str(world / "vae"), "dtype": "bfloat16"}}
+    config, again = prepared(world, "cuda", **low), prepared(world, "cuda_again", **low)
+    for run in (config, again):
+        encode.run(run, task(run))
+    assert content(config) == content(again)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    on_cpu = prepared(world, "on_cpu", **sections)
+    encode.run(on_cpu, task(on_cpu))
+    here, there = LatentCache(config.cache_dir), LatentCache(on_cpu.cache_dir)
     assert here.keys == there.keys
     for i in range(len(here)):
         a, b = here.read(i)[0], there.read(i)[0]
