@@ -266,8 +266,9 @@ def test_a_child_that_has_had_videos_of_many_kinds_is_ended(tmp_path: Path, monk
     path, plan = write_video(tmp_path / "a.mp4", numbered(9)), at(64, 64, 0)
     isolate.end_all()
     start = isolate._START.replace("; isolate.serve", "; from sorahpc.data import dali; {}; isolate.serve")
-    for kinds, idle in ((3, 1), (4, 0)):
-        monkeypatch.setattr(isolate, "_START", start.format(f"dali._kinds.update(range({kinds}))"))
+    hd, eight_k = ("h264", 1920, 1080), ("hevc", 7680, 4320)
+    for kinds, idle in ({hd}, 1), ({eight_k}, 1), ({hd, eight_k}, 0):
+        monkeypatch.setattr(isolate, "_START", start.format(f"dali._kinds.update({kinds})"))
         decode(path, plan)
         assert len(isolate._idle) == idle
         isolate.end_all()

@@ -32,7 +32,8 @@ _AVCOL_SPC_SMPTE170M = 6  # as in a frame; it is BT.601's
 _MAX_CLIPPED = 1e-3  # such a pixel is up to 30 levels off
 _MAX_AWAY = 6.0  # on the mean; hard edges with chroma between them come to 3, another range to 9
 _HELD_BYTES = 256 << 20  # of frames that are held at a time
-_MAX_KINDS = 4
+_BYTES_A_PIXEL = 30  # of the frames that a decoder on the GPU holds: 20 of them
+_MAX_DECODERS_BYTES = 512 << 20
 _kinds: set[tuple[str, int, int]] = set()  # that this process's GPU has decoded: codec, width, height
 
 
@@ -64,9 +65,10 @@ def _on_gpu() -> bool:
 
 
 def is_spent() -> bool:
-    """Whether this process is better ended: DALI keeps a decoder for each kind of video, up to 100 of them, and one of
-    4K holds a quarter of a gigabyte of the GPU's memory, which the VAE would lack. To start anew takes a second."""
-    return len(_kinds) >= _MAX_KINDS
+    """Whether this process is better ended: DALI keeps a decoder for each kind of video, up to 100 of them, in the
+    GPU's memory, which the VAE would lack. To start anew takes a second."""
+    held = sum(width * height for _, width, height in _kinds) * _BYTES_A_PIXEL
+    return len(_kinds) > 1 and held > _MAX_DECODERS_BYTES
 
 
 def refuses(codec: str, pix_fmt: str, num_bytes: int, gpu: int) -> str:
