@@ -95,7 +95,8 @@ def in_parts(
             raise ValueError(f"a part of {[c.length for c in out]} expected, found {list(part.shape[1:])}")
         if whole is None:
             whole = part.new_zeros((part.shape[0], *(c.size for c in out)))
-        t, h, w = (weights[axis][k].to(part.device) for axis, k in enumerate(place))
+            weights = [w.to(part.device) for w in weights]  # once: each time a GPU would be waited for
+        t, h, w = (weights[axis][k] for axis, k in enumerate(place))
         whole[:, to[0], to[1], to[2]] += part * t[:, None, None] * h[:, None] * w
     assert whole is not None
     return whole
