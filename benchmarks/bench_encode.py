@@ -1,6 +1,6 @@
 """E1: how much of the VAE's own speed the job `encode` keeps, beside a plain loop that decodes, encodes and writes.
 
-python benchmarks/bench_encode.py                       both cases; some minutes
+python benchmarks/bench_encode.py                       the cases of this machine; some minutes
 python benchmarks/bench_encode.py --only vae --rounds 9 --threads 1
 
 Files are real: H.264 in mp4, written for this. Each round takes turns: the VAE alone on clips that lie decoded in
@@ -56,9 +56,11 @@ COSMOS = {
 # Channels of the VAE's blocks; frames, height and width of the videos at 24 fps; the clip that is cut from them.
 # `vae`: a VAE that is slow beside decoding, as real ones are (5 to 41 Mpixel/s on an A100, facts of their papers).
 # `decode`: long videos of 720 lines and next to no VAE, where the job can't be faster than the decoders.
-CASES: dict[str, tuple[list[int], tuple[int, int, int], dict[str, Any]]] = {
+# `real`: HunyuanVideo's VAE as it is (None), with random weights, in bfloat16; for a GPU.
+CASES: dict[str, tuple[list[int] | None, tuple[int, int, int], dict[str, Any]]] = {
     "vae": ([16, 32, 32], (24, 320, 320), {"fps": 24, "max_frames": 17, "max_area_px": 256 * 256}),
     "decode": ([8, 8, 8], (72, 720, 1280), {"fps": 4, "max_frames": 9, "max_area_px": 96 * 96}),
+    "real": (None, (48, 720, 1280), {"fps": 24, "max_frames": 33, "max_area_px": 512 * 512}),
 }
 FIELDS = ["date", "device", "versions", "commit", "case", "threads", "cores", "clips", "clip", "vae_frames_s"]
 FIELDS += ["job_frames_s", "loop_frames_s", "efficiency", "low", "high", "loop_efficiency", "vae_busy", "line", "bound"]
@@ -81,17 +83,20 @@ def videos(folder: Path, count: int, shape: tuple[int, int, int]) -> None:
 def make(folder: Path, case: str, count: int) -> Config:
     channels, shape, clip = CASES[case]
     torch.manual_seed(0)
-    arch = {**COSMOS, "encoder_block_out_channels": channels, "decode_block_out_channels": [8, 8, 8]}
-    vae = build_vae("AutoencoderKLCosmos", arch)
-    save_vae(vae, vae.module.state_dict(), folder / "vae", torch.float32)
+    if channels is None:
+        vae, dtype = build_vae("AutoencoderKLHunyuanVideo", {}), "bfloat16"
+    else:
+        arch = {**COSMOS, "encoder_block_out_channels": channels, "decode_block_out_channels": [8, 8, 8]}
+        vae, dtype = build_vae("AutoencoderKLCosmos", arch), "float32"
+    save_vae(vae, vae.module.state_dict(), folder / "vae", getattr(torch, dtype))
     (folder / "videos").mkdir()
     videos(folder / "videos", count, shape)
     make_tiny_t5(folder / "t5", [p.read_text() for p in sorted((folder / "videos").glob("*.txt"))], dim=64, seed=0)
     config = parse_config(
         {
             "run": "r", "runs_dir": str(folder / "runs"), "prepare": {"videos": str(folder / "videos")}, "clip": clip,
-            "vae": {"path": str(folder / "vae")}, "text": {"path": str(folder / "t5"), "max_tokens": 64},
-            "encode": {"clips_per_shard": 8},
+            "vae": {"path": str(folder / "vae"), "dtype": dtype}, "encode": {"clips_per_shard": 8},
+            "text": {"path": str(folder / "t5"), "max_tokens": 64},
         }
     )  # fmt: skip
     prepare.run(config, Task(config.run_dir, "prepare", writes=False))
@@ -186,7 +191,7 @@ def measure(folder: Path, case: str, count: int, rounds: int, threads: int) -> d
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=CASES, nargs="*", default=list(CASES))
+    parser.add_argument("--only", choices=CASES, nargs="*", default=None, help="`real` by itself on a GPU alone")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--clips", type=int, default=16)
     parser.add_argument("--threads", type=int, nargs="*", default=[1, 2], help="of the VAE, on a CPU")
@@ -202,7 +207,7 @@ def main() -> None:
         "versions": " ".join(f"{name}={version}" for name, version in versions.items()),
     }  # fmt: skip
     rows = read_rows(out)
-    for case in args.only:
+    for case in args.only or [case for case in CASES if case != "real" or device.type == "cuda"]:
         for threads in args.threads if device.type == "cpu" else [1]:
             folder = Path(tempfile.mkdtemp(dir=args.folder))
             try:
