@@ -13,6 +13,7 @@ from test_parallel_parity import CHANNELS, CLIP_DIMS, GRIDS, MODEL, TEXT_DIM, TE
 from sorahpc import ops
 from sorahpc.config import ModelConfig
 from sorahpc.distributed import megatron
+from sorahpc.models import attention
 from sorahpc.models.attention import pack_attention
 from sorahpc.models.dit import DiT
 from sorahpc.profiling.record import layer_spans
@@ -141,6 +142,44 @@ def test_pack_attention_is_dense_attention_with_a_block_mask() -> None:
     mask = rows[:, None] == columns[None]
     dense = F.scaled_dot_product_attention(*(x.transpose(0, 1) for x in (q, k, v)), attn_mask=mask).transpose(0, 1)
     torch.testing.assert_close(pack_attention(q, k, v, q_lens, k_lens), dense)
+
+
+@pytest.mark.parametrize("dim", [36, 16])  # the demo's, and one that the kernel takes as it is
+def test_the_varlen_kernel_gets_what_it_takes_and_each_pack_is_described_to_the_gpu_once(
+    monkeypatch: pytest.MonkeyPatch, dim: int
+) -> None:
+    """With a stand-in for the kernel: what torch's flash attention checks, and SDPA for what it computes."""
+    starts = []
+
+    def kernel(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_q: torch.Tensor, cu_k: torch.Tensor,
+        max_q: int, max_k: int, *, scale: float | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        assert q.shape[2] % 8 == 0 and q.shape[2] == k.shape[2] == v.shape[2] <= 256
+        assert all(x.stride(-1) == 1 for x in (q, k, v))
+        assert cu_q.dtype == cu_k.dtype == torch.int32 and cu_q.is_contiguous() and cu_k.is_contiguous()
+        assert (max_q, max_k) == (max(cu_q.diff()), max(cu_k.diff()))
+        starts.append((cu_q, cu_k))
+        out = []
+        for a, b, c, d in zip(cu_q, cu_q[1:], cu_k, cu_k[1:], strict=False):
+            one = (x.transpose(0, 1) for x in (q[a:b], k[c:d], v[c:d]))
+            out.append(F.scaled_dot_product_attention(*one, scale=scale).transpose(0, 1))
+        return torch.cat(out)
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
+    attention._starts.cache_clear()
+    g = torch.Generator().manual_seed(0)
+    q_lens, k_lens = [5, 5, 1, 7], [3, 3, 2, 1]
+    q = torch.randn(sum(q_lens), 2, dim, generator=g, requires_grad=True)
+    k, v = torch.randn(sum(k_lens), 2, 2, dim, generator=g).unbind(2)  # as of a fused projection
+    expected = pack_attention(q, k, v, q_lens, k_lens)
+    with torch.inference_mode():
+        attention._varlen(q, k, v, q_lens, k_lens)
+    found = attention._varlen(q, k, v, q_lens, k_lens)
+    torch.testing.assert_close(found, expected)
+    gradients = [torch.autograd.grad(x.square().sum(), q)[0] for x in (found, expected)]
+    torch.testing.assert_close(*gradients)
+    assert all(a is b for a, b in zip(*starts, strict=True)) and not starts[0][0].is_inference()
 
 
 def test_rope_scores_depend_on_relative_position_along_each_axis() -> None:

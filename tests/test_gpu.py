@@ -16,11 +16,12 @@ from sorahpc.models.attention import pack_attention
 pytestmark = pytest.mark.gpu
 
 
-def test_varlen_attention_is_attention_within_each_sample() -> None:
+@pytest.mark.parametrize("dim", [64, 36])  # 36: the demo's, no multiple of 8
+def test_varlen_attention_is_attention_within_each_sample(dim: int) -> None:
     g = torch.Generator("cuda").manual_seed(0)
     q_lens, k_lens = [64, 64, 1, 130], [7, 7, 3, 1]
-    q = torch.randn(sum(q_lens), 4, 64, generator=g, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    k, v = (torch.randn(sum(k_lens), 4, 64, generator=g, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    q = torch.randn(sum(q_lens), 4, dim, generator=g, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    k, v = (torch.randn(sum(k_lens), 4, dim, generator=g, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     out = pack_attention(q, k, v, q_lens, k_lens)
     reference = pack_attention(q.float(), k.float(), v.float(), q_lens, k_lens)
     assert (out.float() - reference).norm() < 0.01 * reference.norm()

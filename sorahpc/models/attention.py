@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 
@@ -13,8 +14,8 @@ from torch import Tensor
 def pack_attention(q: Tensor, k: Tensor, v: Tensor, q_lens: Sequence[int], k_lens: Sequence[int]) -> Tensor:
     """softmax(q k^T / sqrt(D)) v within each sample.
 
-    On CUDA in half precision this is one varlen flash-attention kernel. Elsewhere SDPA runs over stretches of
-    consecutive samples that have equal lengths (packs are sorted so that those are long).
+    On CUDA in half precision this is one varlen flash-attention kernel, for head dims of up to 256. Elsewhere SDPA runs
+    over stretches of consecutive samples that have equal lengths (packs are sorted so that those are long).
 
     Args:
         q: [sum of q_lens, N, D].
@@ -24,7 +25,7 @@ def pack_attention(q: Tensor, k: Tensor, v: Tensor, q_lens: Sequence[int], k_len
     Returns:
         [sum of q_lens, N, D].
     """
-    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] <= 256:
         return _varlen(q, k, v, q_lens, k_lens)
     out, q_start, k_start = [], 0, 0
     for (q_len, k_len), run in itertools.groupby(zip(q_lens, k_lens, strict=True)):
@@ -40,9 +41,21 @@ def pack_attention(q: Tensor, k: Tensor, v: Tensor, q_lens: Sequence[int], k_len
 def _varlen(q: Tensor, k: Tensor, v: Tensor, q_lens: Sequence[int], k_lens: Sequence[int]) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    cu_q, cu_k = (
-        torch.tensor([0, *itertools.accumulate(lens)], dtype=torch.int32, device=q.device) for lens in (q_lens, k_lens)
-    )
-    out = varlen_attn(q, k, v, cu_q, cu_k, max(q_lens), max(k_lens))
+    # The kernel takes head dims that are multiples of 8. Zeros change no product; they cost copies of q, k and v.
+    dim = q.shape[-1]
+    if short := -dim % 8:
+        q, k, v = (F.pad(x, (0, short)) for x in (q, k, v))
+    cu_q, cu_k = (_starts(tuple(lens), q.device) for lens in (q_lens, k_lens))
+    out = varlen_attn(q, k, v, cu_q, cu_k, max(q_lens), max(k_lens), scale=dim**-0.5)
     assert isinstance(out, Tensor)  # a tuple only where auxiliary outputs are asked for
-    return out
+    return out[..., :dim]
+
+
+# All blocks ask for those of a pack and of its text. Sent anew by each, from pageable memory, they would have each
+# layer wait until the GPU has nothing left to do, and the GPU then for the next layer's launches.
+@functools.lru_cache(maxsize=8)
+def _starts(lens: tuple[int, ...], device: torch.device) -> Tensor:
+    """int32 [S + 1], where each sample begins, and the end."""
+    with torch.inference_mode(False):  # whoever asks first: a training step may get it next
+        starts = torch.tensor([0, *itertools.accumulate(lens)], dtype=torch.int32, pin_memory=device.type == "cuda")
+        return starts.to(device, non_blocking=True)
