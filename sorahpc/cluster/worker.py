@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from sorahpc.cluster import nsight
 from sorahpc.cluster.signals import StopFlag, die_after, die_with, ignore_stop_signals
@@ -456,6 +456,21 @@ def main(argv: list[str] | None = None) -> int:
     return code
 
 
+def end(code: int) -> NoReturn:
+    """End this process.
+
+    At once, where an error left it in a process group: Python would end that first, and NCCL may wait for ranks that
+    wait for this one. Slurm and the local launcher end them as soon as this one is gone.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_initialized():
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    raise SystemExit(code)
+
+
 if __name__ == "__main__":
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
-    raise SystemExit(main())
+    end(main())

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
-from sorahpc.errors import SetupError
+from sorahpc.errors import SetupError, Stopped
 
 # A rank that waits longer than this for the others gives up: they are gone, or they hang.
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)
@@ -102,3 +104,19 @@ def init_process_group(rank: int, world_size: int, device: torch.device) -> None
             f"{' and '.join(missing)} not set for {world_size} ranks; start the job through sorahpc or slurm/"
         )
     dist.init_process_group(backend, init_method="env://", rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT)
+
+
+@contextlib.contextmanager
+def leaving(leave: Callable[[], None], world_size: int) -> Iterator[None]:
+    """Call `leave`, which ends the process group, at the end of the block.
+
+    But not after an error in a gang on CUDA, unless it is that all ranks stop: NCCL ends a communicator when all of its
+    ranks do, and the others may wait in a collective for this one, which would never come. The process has to end.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, Stopped) or world_size == 1 or not torch.cuda.is_available():
+            leave()
+        raise
+    leave()

@@ -33,7 +33,7 @@ from sorahpc.diffusion import flow
 from sorahpc.distributed import checkpoint, megatron
 from sorahpc.distributed.checkpoint import Meta
 from sorahpc.distributed.ema import Ema
-from sorahpc.distributed.mesh import Mesh
+from sorahpc.distributed.mesh import Mesh, leaving
 from sorahpc.errors import CheckpointError, DataError, NumericsError, SetupError, Stopped
 from sorahpc.models.dit import DiT
 from sorahpc.profiling.page import write_profile_page
@@ -68,11 +68,8 @@ def _started(config: Config, task: Task) -> Iterator[tuple[LatentCache, Mesh]]:
         )
     cache = open_cache(config)
     mesh = megatron.start(task.rank, task.world_size, task.local_rank, tp=train.tp, sp=train.sp)
-    try:
-        with ops.chosen(config.ops):
-            yield cache, mesh
-    finally:
-        megatron.stop()
+    with leaving(megatron.stop, task.world_size), ops.chosen(config.ops):
+        yield cache, mesh
 
 
 def _train(config: Config, task: Task, cache: LatentCache, mesh: Mesh) -> None:

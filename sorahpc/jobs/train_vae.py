@@ -36,7 +36,7 @@ from sorahpc.data.decode import ClipPlan, decode, plan_clip
 from sorahpc.data.holdout import limit_of, place_of
 from sorahpc.data.keys import check_unchanged
 from sorahpc.data.manifest import MANIFEST, Video, read_manifest, read_rows
-from sorahpc.distributed.mesh import any_rank, init_process_group, pick_device
+from sorahpc.distributed.mesh import any_rank, init_process_group, leaving, pick_device
 from sorahpc.errors import ConfigError, DataError, NumericsError, SetupError, Stopped
 from sorahpc.metrics.similarity import psnr_db, ssim
 from sorahpc.models.vae import WEIGHTS, Vae, load_vae, save_vae
@@ -154,10 +154,8 @@ def _joined(task: Task) -> Iterator[torch.device]:
     """This rank among its world, and the device that it computes on."""
     device = pick_device(task.local_rank)
     init_process_group(task.rank, task.world_size, device)
-    try:
+    with leaving(dist.destroy_process_group, task.world_size):
         yield device
-    finally:
-        dist.destroy_process_group()
 
 
 def _train(trainer: Trainer, spec: TrainVaeConfig, task: Task, path: Path, note: dict[str, Any]) -> None:
