@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -240,6 +243,64 @@ def test_one_batch_is_learnt_by_heart(world: dict[str, Any]) -> None:
         assert losses[-1] < 0.1 * losses[0], f"{losses[0]:.3f} -> {losses[-1]:.3f} after {len(losses)} steps"
     finally:
         megatron.stop()
+
+
+def test_on_a_gpu_packs_are_built_on_a_stream_of_their_own(
+    world: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With stand-ins for streams: packs come from the CPU."""
+    from sorahpc.distributed.mesh import Mesh
+    from sorahpc.jobs import train
+
+    config = _config(world, "stream")
+    cache = LatentCache(config.cache_dir)
+    current, said = threading.local(), []
+    build_pack = train.build_pack
+
+    class Stream:
+        def __init__(self, device: torch.device) -> None:
+            assert device == torch.device("cuda", 1)
+
+        def synchronize(self) -> None:
+            said.append("synchronize")
+
+    @contextlib.contextmanager
+    def stream(of: Stream) -> Iterator[None]:
+        current.stream = of
+        yield
+        current.stream = None
+
+    def build(*args: Any) -> train.PackBatch:
+        assert isinstance(current.stream, Stream) and args[-1] == torch.device("cuda", 1)
+        said.append("build")
+        return build_pack(*args[:-1], torch.device("cpu"))
+
+    def record_stream(x: torch.Tensor, of: str) -> None:
+        assert of == "main"
+        said.append(x)
+
+    monkeypatch.setattr(train, "build_pack", build)
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: "main")
+    monkeypatch.setattr(torch.Tensor, "record_stream", record_stream)
+    mesh = Mesh(FakeGroup(), FakeGroup(), False, torch.device("cuda", 1))  # type: ignore[arg-type]
+    with train.Loader(cache, train.make_packer(cache, config), config, cache.mean, cache.std, mesh) as loader:
+        _, packs = loader.next(0)
+        loader.ahead[1].result()  # type: ignore[index]
+    assert [x for x in said if isinstance(x, str)] == ["build", "build", "synchronize"] * 2
+    held = [x for x in said if not isinstance(x, str)]
+    for pack in packs:
+        for x in (pack.tokens, pack.target, pack.t, pack.texts.text):
+            assert any(x is y for y in held)
+
+
+class FakeGroup:
+    def size(self) -> int:
+        return 1
+
+    def rank(self) -> int:
+        return 0
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched(world: dict[str, Any]) -> None:
