@@ -51,3 +51,23 @@ def test_a_process_that_an_error_left_in_its_group_ends_at_once(joined: bool) ->
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=50)
     assert (done.returncode, done.stdout) == (4, "said"), done.stderr
     assert time.monotonic() - began < 50
+
+
+def test_with_a_backend_for_each_device_the_groups_of_the_mesh_have_both_and_give_up_as_soon() -> None:
+    """As on GPUs, with torch's fake backend in NCCL's place: flags and sums go over gloo from the CPU."""
+    script = (
+        "import torch, torch.distributed as dist, torch.testing._internal.distributed.fake_pg\n"
+        "from sorahpc.distributed import megatron, mesh\n"
+        "dist.init_process_group('cpu:gloo,cuda:fake', store=dist.HashStore(), rank=0, world_size=1)\n"
+        "found = megatron.start()\n"
+        "for group in (found.tp_group, found.dp_group):\n"
+        "    cpu, cuda = (group._get_backend(torch.device(kind)) for kind in ('cpu', 'cuda'))\n"
+        "    assert cpu.name() == 'gloo' and cuda.name() == 'fake', (cpu.name(), cuda.name())\n"
+        "    assert cpu.options._timeout == mesh.COLLECTIVE_TIMEOUT, cpu.options._timeout\n"
+        "assert found.dp_sum(1.0, 2.5) == [1.0, 2.5] and found.any_rank(True, False) == [True, False]\n"
+        "dist.barrier()\n"
+        "dist.broadcast_object_list([None], src=0)\n"
+        "megatron.stop()"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr

@@ -8,6 +8,7 @@ there is no GPU, `_run_on_cpu` answers those, and the very same training code ru
 from __future__ import annotations
 
 import contextlib
+import datetime
 import functools
 import logging
 import math
@@ -23,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from sorahpc.config import ModelConfig, TrainConfig
 from sorahpc.distributed import gloo, muon
-from sorahpc.distributed.mesh import Mesh, init_process_group, pick_device
+from sorahpc.distributed.mesh import COLLECTIVE_TIMEOUT, Mesh, init_process_group, pick_device
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Megatron without CUDA
@@ -130,7 +131,11 @@ def start(rank: int = 0, world_size: int = 1, local_rank: int = 0, *, tp: int = 
         init_process_group(rank, world_size, device)
     core = _core()
     core.parallel_state.destroy_model_parallel()
-    core.parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp, create_gloo_process_groups=False)
+    core.parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tp,
+        create_gloo_process_groups=False,
+        distributed_timeout_minutes=COLLECTIVE_TIMEOUT / datetime.timedelta(minutes=1),  # its own groups' too
+    )
     return Mesh(
         tp_group=core.parallel_state.get_tensor_model_parallel_group(),
         dp_group=core.parallel_state.get_data_parallel_group(with_context_parallel=True),
