@@ -9,9 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_parallel_parity import CHANNELS, CLIP_DIMS, GRIDS, MODEL, TEXT_DIM, TEXT_LENS, _batch, _wake
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sorahpc import ops
-from sorahpc.config import ModelConfig
+from sorahpc.config import ModelConfig, TrainConfig
 from sorahpc.distributed import megatron
 from sorahpc.models import attention
 from sorahpc.models.attention import pack_attention
@@ -212,3 +213,30 @@ def test_sincos_and_timestep_embeddings_match_their_formulas() -> None:
     emb = ops.timestep_embedding(torch.tensor([0.0, 0.25]), 8)
     assert torch.equal(emb[0], torch.tensor([1.0] * 4 + [0.0] * 4))
     torch.testing.assert_close(emb[1, 0], torch.tensor(250.0).cos())
+
+
+def test_the_gradient_norm_asks_the_device_for_one_number_alone(mesh: Any) -> None:
+    """On a GPU each is a wait, and Megatron's own norm asks for one a parameter."""
+    dit = _model(mesh)
+    ddp = megatron.wrap_ddp(dit, dit.config)
+    optimizer = megatron.make_optimizer(ddp, TrainConfig(steps=1, tokens_per_pack=1, warmup_steps=0), mesh, dit.dtype)
+    ddp.zero_grad_buffer()
+    ddp(**_batch(0)).square().sum().backward()
+    megatron.finalize_grads(ddp)
+
+    class Counter(TorchDispatchMode):
+        asked = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.asked += func is torch.ops.aten._local_scalar_dense.default
+            return func(*args, **(kwargs or {}))
+
+    with Counter() as counter:
+        norm = megatron.gradient_norm(optimizer)
+    assert counter.asked == 1
+    grads = torch.cat([p.main_grad.flatten() for p in dit.parameters()])  # type: ignore[attr-defined]
+    assert norm == pytest.approx(float(grads.double().norm()), rel=1e-5)
+    megatron.clip_and_step(optimizer, norm, norm / 4)
+    mains = [main.grad for _, main, _, _ in megatron.main_shards(optimizer) if main.grad is not None]
+    if mains:  # not taken away by the step
+        assert float(torch.cat([g.flatten() for g in mains]).norm()) == pytest.approx(norm / 4, rel=1e-4)

@@ -87,6 +87,9 @@ def _core() -> Any:
     # Megatron calls collectives by names that torch 2.13 has renamed; one warning a process and name.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     _mend_torch_adam(DistributedOptimizer)
+    clip_grads = megatron.core.optimizer.clip_grads
+    if clip_grads.l2_norm_impl is megatron.core.utils.local_multi_tensor_l2_norm:  # neither TE nor Apex
+        clip_grads.l2_norm_impl = _l2_norm
     if on_cpu:  # gloo's own wait on worker threads; both modules bind the names at import
         for module in (megatron.core.tensor_parallel.layers, megatron.core.tensor_parallel.mappings):
             module.dist_all_gather_func, module.dist_reduce_scatter_func = gloo.all_gather, gloo.reduce_scatter
@@ -114,6 +117,11 @@ def _mend_torch_adam(cls: Any) -> None:
                 state["step"] = state["step"].clone()
 
     cls._set_main_param_and_optimizer_states, cls.load_state_dict = set_with_step, load_with_own_steps
+
+
+def _l2_norm(chunk_size: int, noop_flag: Tensor, lists: list[list[Tensor]], per_tensor: bool) -> tuple[Tensor, None]:
+    """As Megatron's own, which fetches the norm of each gradient from the GPU by itself, and waits for each."""
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(lists[0]))).view(1), None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -339,9 +347,8 @@ def clip_and_step(optimizer: Any, norm: float, max_norm: float) -> None:
     if norm > max_norm:
         scale = max_norm / (norm + 1e-6)
         for inner in _parts(optimizer):
-            for parameter in inner.get_parameters():
-                if parameter.grad is not None:
-                    parameter.grad.mul_(scale)
+            if grads := [p.grad for p in inner.get_parameters() if p.grad is not None]:
+                torch._foreach_mul_(grads, scale)
     optimizer.step_with_ready_grads()
 
 
