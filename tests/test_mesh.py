@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -35,6 +36,10 @@ def test_a_rank_that_fails_on_a_gpu_does_not_wait_for_the_others_to_end_nccl(
     except Exception as caught:
         assert caught is error
     assert calls == ["left"] * left
+
+
+def test_a_gpu_is_seen_by_the_tests_for_it_alone() -> None:
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
 
 
 @pytest.mark.parametrize("joined", [True, False])
