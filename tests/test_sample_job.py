@@ -20,7 +20,7 @@ from sorahpc.data.prompts import read_prompts
 from sorahpc.data.texts import PackTexts
 from sorahpc.distributed import checkpoint, megatron
 from sorahpc.distributed.ema import Ema
-from sorahpc.errors import CheckpointError, ConfigError, NumericsError, Stopped
+from sorahpc.errors import CheckpointError, ConfigError, NumericsError, SetupError, Stopped
 from sorahpc.jobs import sample
 from sorahpc.jobs.train import PackBatch, accumulate_gradients
 from sorahpc.models.dit import DiT
@@ -302,6 +302,15 @@ def test_without_a_checkpoint_there_is_one_line_that_says_so(world: Path, tmp_pa
         run(config.model_copy(update={"run": "none"}))
     with pytest.raises(CheckpointError, match=r"sample\.checkpoint: no MANIFEST.json"):
         run(configure(world, tmp_path, checkpoint=str(tmp_path)))
+
+
+def test_more_tasks_than_gpus_are_refused_in_the_words_of_who_found_out(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(SetupError, match=r"^local rank 2: one GPU a rank expected, this node shows 2; start fewer"):
+        run(configure(world, tmp_path / "many"), rank=2, world_size=3, local_rank=2)
 
 
 def test_a_latent_that_is_not_finite_is_refused_by_name(

@@ -153,9 +153,10 @@ def start(rank: int = 0, world_size: int = 1, local_rank: int = 0, *, tp: int = 
 
 
 def stop() -> None:
-    """Leave the mesh and the process group."""
-    _core().parallel_state.destroy_model_parallel()
-    dist.destroy_process_group()
+    """Leave the mesh and the process group, if `start` got so far."""
+    if dist.is_initialized():
+        _core().parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
 
 
 def layer_config(model: ModelConfig, mesh: Mesh, dtype: torch.dtype) -> Any:
