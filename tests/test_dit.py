@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sorahpc import ops
 from sorahpc.config import ModelConfig, TrainConfig
 from sorahpc.distributed import megatron
+from sorahpc.distributed.ema import Ema
 from sorahpc.models import attention
 from sorahpc.models.attention import pack_attention
 from sorahpc.models.dit import DiT
@@ -240,3 +241,14 @@ def test_the_gradient_norm_asks_the_device_for_one_number_alone(mesh: Any) -> No
     mains = [main.grad for _, main, _, _ in megatron.main_shards(optimizer) if main.grad is not None]
     if mains:  # not taken away by the step
         assert float(torch.cat([g.flatten() for g in mains]).norm()) == pytest.approx(norm / 4, rel=1e-4)
+
+
+def test_averages_are_gathered_on_the_cpu_one_parameter_at_a_time(mesh: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    dit = _model(mesh)
+    ddp = megatron.wrap_ddp(dit, dit.config)
+    optimizer = megatron.make_optimizer(ddp, TrainConfig(steps=1, tokens_per_pack=1, warmup_steps=0), mesh, dit.dtype)
+    ema, on_cpu = Ema(dit, optimizer, mesh, 0.9), []
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda x: on_cpu.append(x) or x)
+    gathered = ema.gather()
+    assert [id(x) for x in gathered.values()] == [id(x) for x in on_cpu] and len(on_cpu) > 10
+    assert all(torch.equal(gathered[name], p) for name, p in dit.named_parameters())

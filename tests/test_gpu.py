@@ -53,6 +53,7 @@ def _steps(dtype: torch.dtype, steps: int, name: str) -> list[float]:
             megatron.clip_and_step(optimizer, megatron.gradient_norm(optimizer), 1.0)
             ema.update()
         assert next(iter(ema.slices.values())).dtype == torch.float32
+        assert {x.device.type for x in ema.gather().values()} == {"cpu"}
         return losses
     finally:
         megatron.stop()

@@ -33,7 +33,10 @@ class Ema:
         torch._foreach_lerp_(averages, [self.mains[name][0] for name in self.slices], 1.0 - self.decay)
 
     def gather(self) -> dict[str, Tensor]:
-        """Name -> whole float32 average of this tp rank's part of each parameter. Collective over dp."""
+        """Name -> whole float32 average of this tp rank's part of each parameter. Collective over dp.
+
+        On the CPU, where they are written from: a GPU that has just room for a step has none for a second model.
+        """
         out = {}
         for parameter, name in self.names.items():
             whole = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
@@ -41,7 +44,7 @@ class Ema:
                 _, start, end = self.mains[name]
                 whole[start:end] = self.slices[name]
             dist.all_reduce(whole, group=self.mesh.dp_group)
-            out[name] = whole.view(parameter.shape)
+            out[name] = whole.view(parameter.shape).cpu()
         return out
 
     @torch.no_grad()
