@@ -107,6 +107,16 @@ def test_what_an_array_asks_for_a_task() -> None:
     assert "--array" not in one and "--dependency" not in one and "--gpus-per-node" not in one
 
 
+def test_no_gpu_is_asked_for_by_who_has_no_use_for_one() -> None:
+    on_gpus = {**SLURM, "gpus_per_task": 1}
+    local, server = {"path": "llm"}, {"endpoint": {"url": "http://127.0.0.1:1/v1", "model": "m"}}
+    asked = [
+        "--gpus-per-node" in options(script(config(cluster=on_gpus, caption=caption), JOBS[job], []))
+        for job, caption in (("prepare", local), ("caption", local), ("caption", server), ("encode", server))
+    ]
+    assert asked == [False, True, False, True]
+
+
 def test_the_script_is_pure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", "/nowhere")  # a machine without Slurm

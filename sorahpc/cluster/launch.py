@@ -78,6 +78,12 @@ def num_tasks(config: Config, job: Job) -> int:
     return 1 if wanted is None else wanted.world_size if job.kind == "gang" else wanted.tasks
 
 
+def gpus_per_task(config: Config, job: Job) -> int:
+    """GPUs that a task is given: none where it has no use for one, since others wait for them."""
+    asks_a_server = job.name == "caption" and config.caption is not None and config.caption.endpoint is not None
+    return 0 if job.name == "prepare" or asks_a_server else config.cluster.gpus_per_task
+
+
 def folder_of(config: Config, job: Job) -> JobFolder:
     return JobFolder(config.run_dir, job.name)
 

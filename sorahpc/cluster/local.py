@@ -20,7 +20,7 @@ from types import FrameType
 from typing import TextIO
 
 from sorahpc.cluster import nsight
-from sorahpc.cluster.launch import Job, folder_of, num_tasks, worker_command
+from sorahpc.cluster.launch import Job, folder_of, gpus_per_task, num_tasks, worker_command
 from sorahpc.cluster.worker import resources
 from sorahpc.config import Config
 from sorahpc.errors import SetupError, Stopped
@@ -196,11 +196,12 @@ def run_local(config: Config, job: Job, launch: str, progress: bool, stream: Tex
         SORAHPC_LAUNCH=launch,
         SORAHPC_PARENT=str(os.getpid()),
     )
-    gpus = visible_gpus(env) if config.cluster.gpus_per_task else []
-    if config.cluster.gpus_per_task and not gpus:
+    wants_gpu = gpus_per_task(config, job) > 0
+    gpus = visible_gpus(env) if wants_gpu else []
+    if wants_gpu and not gpus:
         raise SetupError("cluster.gpus_per_task: 1 GPU a task expected, this machine has none; set it to 0")
     if job.kind == "gang":
-        if config.cluster.gpus_per_task and tasks > len(gpus):
+        if wants_gpu and tasks > len(gpus):
             raise SetupError(f"{job.name}.resources: {tasks} ranks with a GPU each expected, {len(gpus)} GPUs found")
         slots = tasks
     else:

@@ -15,7 +15,7 @@ from typing import Any
 
 from submitit.slurm.slurm import SlurmExecutor
 
-from sorahpc.cluster.launch import Job, folder_of, num_tasks, worker_command
+from sorahpc.cluster.launch import Job, folder_of, gpus_per_task, num_tasks, worker_command
 from sorahpc.cluster.worker import resources
 from sorahpc.config import Config, shipped_dir
 from sorahpc.errors import ConfigError, SetupError
@@ -84,7 +84,7 @@ def parameters(config: Config, job: Job, after: list[str]) -> dict[str, Any]:
         "cpus_per_task": wanted.cpus_per_task,
         "time": wanted.time_min,
         "mem": None if wanted.mem_gb is None else f"{max(1, round(wanted.mem_gb * 1024))}M",
-        "gpus_per_node": cluster.gpus_per_task * per_node or None,
+        "gpus_per_node": gpus_per_task(config, job) * per_node or None,
         "partition": cluster.partition,
         "account": cluster.account,
         "qos": cluster.qos,

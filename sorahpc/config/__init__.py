@@ -97,7 +97,9 @@ class ClusterConfig(Section):
     exclude: SafeStr | None = None
     nodelist: SafeStr | None = None
     reservation: SafeStr | None = None
-    gpus_per_task: int = Field(0, ge=0, le=1, description="1: one GPU a rank, asked for as gpus-per-node")
+    gpus_per_task: int = Field(
+        0, ge=0, le=1, description="1: one GPU a rank, asked for as gpus-per-node, where a job has use for it"
+    )
     max_array_parallel: int = Field(256, ge=1, description="array tasks that run at the same time")
     signal_lead_s: int = Field(120, ge=10, description="USR2 comes this long before the time limit")
     python: SafeStr | None = Field(None, description="python of the compute nodes; None: the one that submits")

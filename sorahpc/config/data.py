@@ -187,7 +187,9 @@ class VaeConfig(Section):
     path: ConfigPath = Field(
         description="diffusers autoencoder: a folder (config.json + safetensors), a safetensors file, or a fetched name"
     )
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="compute dtype of the VAE")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="compute dtype of the VAE; on a GPU float32's convolutions are TF32, as torch has them"
+    )
     tiling: TilingConfig | None = Field(None, description="how long and large clips are cut; None: whole clips")
 
 
