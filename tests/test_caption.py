@@ -164,6 +164,33 @@ def test_frames_are_seen_and_the_result_is_the_same_for_any_number_of_tasks(
     assert f"clip {bad.key} keeps its caption: video: changed since" in caplog.text
 
 
+def test_the_next_clips_frames_are_decoded_while_the_model_answers_one_question_at_a_time(
+    world: Path, seen: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = seeing(world, "beside")
+    answer, decode, decoded, lock = LocalModel._answer, captioner.decode, threading.Semaphore(0), threading.Lock()
+    waited = []
+
+    def watched(model: LocalModel, *args: Any) -> tuple[str, str]:
+        assert lock.acquire(blocking=False), "two answers at a time"
+        try:
+            if not waited:  # the first one is not given before another clip's frames are there
+                waited.append(decoded.acquire() and decoded.acquire(timeout=60))
+            return answer(model, *args)
+        finally:
+            lock.release()
+
+    def decoding(*args: Any) -> np.ndarray:
+        frames = decode(*args)
+        decoded.release()
+        return frames
+
+    monkeypatch.setattr(LocalModel, "_answer", watched)
+    monkeypatch.setattr(captioner, "decode", decoding)
+    caption.run(config, task(config))
+    assert waited == [True] and content(config) == seen
+
+
 def test_a_clip_whose_file_was_away_or_another_one_is_asked_about_again_once_it_is_back(
     world: Path, tmp_path: Path
 ) -> None:

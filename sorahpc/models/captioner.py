@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -86,7 +87,7 @@ class LocalModel:
     The same question, seed and temperature give the same answer, whatever was asked before.
     """
 
-    concurrency = 1
+    concurrency = 2  # one clip's frames are decoded while the model is at work on another's
 
     def __init__(self, folder: Path, dtype: str, device: torch.device | str, *, with_frames: bool) -> None:
         """Raises ConfigError, naming caption.path: no such folder or file, or another kind of model."""
@@ -106,6 +107,7 @@ class LocalModel:
                 "model"
             )
         self._folder, self._dtype, self._device = folder, dtype, torch.device(device)
+        self._one = threading.Lock()  # question at a time: they share the seeded generator, and the memory
         weights = weight_files(folder, WEIGHTS, "caption.path")
         others = sorted(p for p in folder.iterdir() if p.suffix in _HASHED and p.is_file())
         self.identity = {"id": kind, "weights_sha256": sha256_files([*weights, *others]), "dtype": dtype}
@@ -172,6 +174,12 @@ class LocalModel:
         self, prompt: str, frames: Sequence[np.ndarray], *, seed: int, temperature: float, max_new_tokens: int
     ) -> tuple[str, str]:
         """As `Captioner`. Raises ConfigError where the folder doesn't load, or its chat template fails."""
+        with self._one:
+            return self._answer(prompt, frames, seed, temperature, max_new_tokens)
+
+    def _answer(
+        self, prompt: str, frames: Sequence[np.ndarray], seed: int, temperature: float, max_new_tokens: int
+    ) -> tuple[str, str]:
         model = self._model
         inputs = self._inputs(prompt, frames).to(self._device)
         length = inputs["input_ids"].shape[1]
