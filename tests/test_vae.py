@@ -1,29 +1,21 @@
-"""The VAE adapter and the toy VAE that is shipped."""
+"""The VAE adapter."""
 
 from __future__ import annotations
 
-import ast
 import json
 import os
 import re
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from models import COSMOS, WAN, ZOO, write_vae
+from models import WAN, ZOO, write_vae
 from safetensors.torch import load_file, save_file
 
-from sorahpc.config import TilingConfig, shipped_dir
-from sorahpc.configfile import load_config
-from sorahpc.data.decode import decode, plan_clip, probe
-from sorahpc.data.manifest import Video
-from sorahpc.data.mp4 import write_mp4
-from sorahpc.data.toyworld import COLOURS, SIZES_PX, render, scene_of
+from sorahpc.config import TilingConfig
+from sorahpc.data.toyworld import render, scene_of
 from sorahpc.errors import ConfigError
-from sorahpc.models.lengths import Lengths
 from sorahpc.models.vae import WEIGHTS, Vae, _config_sha256, build_vae, load_vae, read_rule, save_vae
 from sorahpc.models.vae_rules import CLASSES
 
@@ -344,110 +336,6 @@ def test_a_wrong_class_or_arch_to_train_is_one_line() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What published models normalise by, held against the code of diffusers' own pipelines
-
-
-def _pipeline(name: str) -> ast.Module:
-    import diffusers
-
-    return ast.parse((Path(diffusers.__file__).parent / "pipelines" / f"{name}.py").read_text())
-
-
-class _Decoded(Exception):
-    """What a pipeline hands to its autoencoder."""
-
-
-def _denormalised_by(pipeline: str, module: torch.nn.Module, latents: torch.Tensor) -> torch.Tensor:
-    """Runs the pipeline's own lines that lead to its `self.vae.decode`, not a copy of them."""
-
-    def decode(z: torch.Tensor, *_: object, **__: object) -> None:
-        raise _Decoded(z)
-
-    def calls_decode(node: ast.AST) -> bool:
-        return any(ast.unparse(n.func) == "self.vae.decode" for n in ast.walk(node) if isinstance(n, ast.Call))
-
-    # The innermost run of lines that ends in it: a branch of an `if`, or the method `decode_latents`.
-    blocks = [
-        [line for line in lines if not isinstance(line, ast.Return)]
-        for node in ast.walk(_pipeline(pipeline))
-        for lines in (
-            [node.body, node.orelse] if isinstance(node, ast.If)
-            else [node.body] if isinstance(node, ast.FunctionDef) and node.name == "decode_latents" else []
-        )
-        if any(calls_decode(line) for line in lines)
-    ]  # fmt: skip
-    vae = SimpleNamespace(config=module.config, dtype=torch.float32, decode=decode)
-    # CogVideoX keeps `self.vae.config.scaling_factor` on the pipeline; Cosmos's sigma is its sampler's.
-    own = SimpleNamespace(
-        vae=vae, vae_scaling_factor_image=getattr(module.config, "scaling_factor", None),
-        scheduler=SimpleNamespace(config=SimpleNamespace(sigma_data=1.0)), vae_scale_factor=8,
-        _unpack_latents=lambda latents, *_: latents,  # Qwen-Image's tokens
-    )  # fmt: skip
-    names = {"self": own, "latents": latents, "torch": torch, "height": 16, "width": 16,
-             "get_module_execution_device": lambda _: torch.device("cpu")}  # fmt: skip
-    if pipeline.startswith("cogvideo"):  # its samples are [B,T,C,H,W]
-        names["latents"] = latents.transpose(1, 2)
-    with pytest.raises(_Decoded) as caught:
-        exec(compile(ast.Module(blocks[-1], []), pipeline, "exec"), names)
-    return caught.value.args[0]
-
-
-@pytest.mark.parametrize(
-    ("name", "pipeline", "more"),
-    [
-        ("HunyuanVideo", "hunyuan_video/pipeline_hunyuan_video", {}),
-        ("HunyuanVideo 1.5", "hunyuan_video1_5/pipeline_hunyuan_video1_5", {}),
-        ("Wan 2.1", "wan/pipeline_wan", {"z_dim": 16}),
-        ("Wan 2.2", "wan/pipeline_wan", {"z_dim": 16, "latents_mean": [0.1 * k for k in range(16)]}),
-        ("CogVideoX", "cogvideo/pipeline_cogvideox", {}),
-        ("Cosmos", "cosmos/pipeline_cosmos_text2world", {"latent_channels": 16, "latents_mean": 0, "latents_std": 0}),
-        ("Mochi", "mochi/pipeline_mochi", {"latent_channels": 12, "latents_mean": 0, "latents_std": 0}),
-        ("Qwen-Image", "qwenimage/pipeline_qwenimage", {"z_dim": 16}),
-        ("EasyAnimate", "easyanimate/pipeline_easyanimate", {}),
-    ],
-)
-def test_the_native_normalisation_is_that_of_diffusers_pipelines(
-    name: str, pipeline: str, more: dict[str, object]
-) -> None:
-    cls, arch, *_ = ZOO[name]
-    arch = {k: v for k, v in {**arch, **more}.items() if v != 0 or k == "attention_resolutions"}  # 0: the default
-    vae = build_vae(cls, arch)
-    assert vae.native is not None
-    mean, std = vae.native
-    assert float((std - 1).abs().max()) > 0.01  # it does something
-    z = torch.randn(1, vae.channels, 3, 2, 2, generator=torch.Generator().manual_seed(0))
-    at = slice(0, 3 if mean.shape[1] > 1 else 1)
-    raw = z * std[:, at, None, None] + mean[:, at, None, None]
-    torch.testing.assert_close(_denormalised_by(pipeline, vae.module, z), raw, rtol=1e-5, atol=1e-6)
-
-
-def test_the_native_normalisation_of_ltx_is_that_of_its_pipeline_both_ways() -> None:
-    tree = _pipeline("ltx/pipeline_ltx")
-    names: dict[str, Any] = {"torch": torch}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef) and node.name in ("_normalize_latents", "_denormalize_latents"):
-            node.decorator_list = []
-            exec(compile(ast.Module([node], []), "ltx", "exec"), names)
-    cls, arch, *_ = ZOO["LTX"]
-    built = build_vae(cls, {**arch, "scaling_factor": 0.7})
-    built.module.latents_mean.copy_(torch.tensor([0.5, -1.0, 0.0, 2.0]))
-    built.module.latents_std.copy_(torch.tensor([1.5, 0.5, 1.0, 3.0]))
-    vae = Vae(built.module, "", torch.float32, torch.device("cpu"))
-    assert vae.native is not None
-    mean, std = (v[:, :, None, None] for v in vae.native)
-    z = torch.randn(1, 4, 3, 2, 2)
-    args = (built.module.latents_mean, built.module.latents_std, 0.7)
-    torch.testing.assert_close(names["_normalize_latents"](z, *args), (z - mean) / std)
-    torch.testing.assert_close(names["_denormalize_latents"](z, *args), z * std + mean)
-
-
-def test_a_model_without_statistics_of_its_size_has_no_native_normalisation() -> None:
-    assert build_vae("AutoencoderKLWan", WAN).native is None  # 4 channels, with the constructor's 16 means
-    assert build_vae("AutoencoderKLCosmos", COSMOS).native is None
-    assert build_vae(*ZOO["KVAE"][:2]).native is None
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Single files
 
 
@@ -503,56 +391,3 @@ def test_a_single_file_that_can_not_be_read_is_one_line(cosmos: Path, tmp_path: 
         with pytest.raises(ConfigError, match=word) as caught:
             load_vae(tmp_path / name)
         assert str(caught.value).startswith("vae.path: ") and "\n" not in str(caught.value)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The toy VAE
-
-
-def _through_h264(frames: np.ndarray, fps: float, folder: Path) -> np.ndarray:
-    """What a pipeline on files sees of a clip."""
-    path = folder / "clip.mp4"
-    write_mp4(path, frames, fps, crf=12)
-    found = probe(path)
-    video = Video("0" * 16, str(path), "", found.frames, found.fps, found.width, found.height, found.codec,
-                  found.duration_s, path.stat().st_size, 0, "ok", "")  # fmt: skip
-    clip = load_config("toy_vae").clip
-    plan = plan_clip(video, clip, stride=(4, 8, 8), patch=(1, 2, 2), lengths=Lengths(4, 4))
-    return decode(path, plan)
-
-
-def test_the_shipped_toy_vae_reaches_28_db_on_unseen_clips_of_every_size_with_the_right_colours(tmp_path: Path) -> None:
-    vae = load_vae(shipped_dir() / "vae/toy")
-    assert vae.stride == (4, 8, 8)
-    assert sum(p.stat().st_size for p in (shipped_dir() / "vae/toy").iterdir()) < 1_000_000
-    psnr: dict[tuple[int, int], list[float]] = {size: [] for size in SIZES_PX}
-    latents = []
-    for i in range(24):  # world 990901 is in no config
-        scene = scene_of(990901, i, sizes=[SIZES_PX[i % 3]])
-        clip = _through_h264(render(scene), scene.fps, tmp_path)
-        assert clip.shape == (scene.frames, scene.height, scene.width, 3)
-        z = vae.encode(clip)
-        latents.append(z.flatten(1))
-        again = vae.decode(z)
-        error = np.square(again.astype(float) - clip).mean()
-        psnr[SIZES_PX[i % 3]].append(10 * np.log10(255**2 / error))
-        x, y = scene.position(0.0)
-        patch = again[0, int(y) - 2 : int(y) + 3, int(x) - 2 : int(x) + 3].reshape(-1, 3).mean(0)
-        if scene.bar is None:
-            nearest = min(COLOURS, key=lambda c: float(np.abs(patch - COLOURS[c]).sum()))
-            assert nearest == scene.colour, (i, patch)
-    means = {size: float(np.mean(values)) for size, values in psnr.items()}
-    assert min(means.values()) >= 28, means
-    assert min(min(values) for values in psnr.values()) >= 25, psnr
-    std = torch.cat(latents, dim=1).std(dim=1)
-    assert std.min() > 0.2 and std.max() < 3, std  # near unit scale, no dead channel
-
-
-def test_a_decoded_clip_hardly_changes_when_its_latent_is_off_a_little(tmp_path: Path) -> None:
-    """A sampler's latents are never exact: 5 % of noise must not show."""
-    vae = load_vae(shipped_dir() / "vae/toy")
-    scene = scene_of(990901, 30)
-    z = vae.encode(render(scene))
-    off = z + 0.05 * z.std() * torch.randn(z.shape, generator=torch.Generator().manual_seed(0))
-    a, b = vae.decode(z).astype(float), vae.decode(off).astype(float)
-    assert 10 * np.log10(255**2 / np.square(a - b).mean()) > 28
