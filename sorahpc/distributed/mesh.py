@@ -86,6 +86,14 @@ def pick_device(local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank if count > 1 else 0)
 
 
+def shared_device(local_rank: int) -> torch.device:
+    """A CUDA device for a task that may share it with others, by turns where there are more tasks than GPUs; without
+    CUDA the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", local_rank % torch.cuda.device_count())
+
+
 def init_process_group(rank: int, world_size: int, device: torch.device) -> None:
     """Join the world: gloo for CPU tensors and, on CUDA, NCCL for device tensors.
 

@@ -13,8 +13,6 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
 from sorahpc.config import Config
 from sorahpc.data.captions import (
     CAPTIONS,
@@ -31,6 +29,7 @@ from sorahpc.data.captions import (
 )
 from sorahpc.data.decode import VideoError, may_pass, plan_clip
 from sorahpc.data.manifest import MANIFEST, Video, read_manifest, shown
+from sorahpc.distributed.mesh import shared_device
 from sorahpc.errors import DataError, Stopped
 from sorahpc.models.captioner import OF_VIDEO, Question, ask_all, clip_question, load_captioner
 from sorahpc.models.vae import read_rule
@@ -55,9 +54,7 @@ def run(config: Config, task: Task) -> None:
     videos = [v for v in read_manifest(manifest) if v.ok]
     if not videos:
         raise DataError(f"{shown(manifest)}: no usable video; its column `reason` says why of each")
-    cuda = torch.cuda.is_available() and section.path is not None
-    device = torch.device("cuda", task.local_rank % torch.cuda.device_count()) if cuda else "cpu"
-    captioner = load_captioner(section, device)
+    captioner = load_captioner(section, shared_device(task.local_rank))
     folder = config.run_dir / ITEMS / "clips"
     span_s = _spans(config)
     questions = [clip_question(config, captioner, video, span_s(video)) for video in videos]

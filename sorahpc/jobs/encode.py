@@ -50,6 +50,7 @@ from sorahpc.data.manifest import MANIFEST, Rows, Video, open_manifest, shown
 from sorahpc.data.samples import Sample, clean_caption, rejection
 from sorahpc.data.shards import EMPTY_TEXT, ShardWriter, write_empty_text
 from sorahpc.data.texts import DETAILED, Texts
+from sorahpc.distributed.mesh import shared_device
 from sorahpc.errors import DataError, SetupError, Stopped
 from sorahpc.models.text import TextEncoders, load_texts
 from sorahpc.models.vae import Vae, load_vae
@@ -80,12 +81,12 @@ def run(config: Config, task: Task) -> None:
     every, detailed = with_captions(config, rows)
     if not any(v.ok for v in every):
         raise DataError(f"{shown(manifest)}: no usable video among {len(every)}; its column `reason` says why of each")
-    device = torch.device("cuda", task.local_rank % torch.cuda.device_count()) if torch.cuda.is_available() else "cpu"
+    device = shared_device(task.local_rank)
     vae = load_vae(config.vae.path, config.vae.dtype, device, config.vae.tiling)
     texts = load_texts(config.text, device)
     patch = config.model.patch if config.model else (1, 1, 1)
     decoder = _decoder(config.encode.decoder)
-    gpu = task.local_rank % max(1, torch.cuda.device_count())
+    gpu = device.index or 0
     folder = config.cache_dir
     try:
         pin_info(folder, cache_info(config, vae, texts, patch, decoder))

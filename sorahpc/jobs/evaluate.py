@@ -27,6 +27,7 @@ from sorahpc.data.latents import LatentCache
 from sorahpc.data.manifest import MANIFEST, Video, open_manifest
 from sorahpc.data.mp4 import write_mp4
 from sorahpc.data.toyworld import parse_caption
+from sorahpc.distributed.mesh import shared_device
 from sorahpc.errors import DataError, Stopped
 from sorahpc.metrics.physics import judge
 from sorahpc.metrics.similarity import psnr_db, ssim
@@ -60,10 +61,7 @@ def run(config: Config, task: Task) -> None:
         log.info("judged %d samples: %s", len(rows), _counts(rows))
     if config.evaluate.reconstructions:
         # A real VAE decodes a clip in seconds there, and in minutes to hours on a node's CPUs.
-        device = (
-            torch.device("cuda", task.local_rank % torch.cuda.device_count()) if torch.cuda.is_available() else "cpu"
-        )
-        reconstruct(config, device, advance)
+        reconstruct(config, shared_device(task.local_rank), advance)
 
 
 def _sample_files(config: Config) -> list[tuple[Path, str]]:
@@ -110,8 +108,13 @@ def _counts(rows: list[dict[str, Any]]) -> str:
     return ", ".join(f"{a} {sum(r[a]['ok'] for r in rows)}" for a in ("visible", "colour", "shape", "direction"))
 
 
-def reconstruct(config: Config, device: torch.device | str, advance: Callable[[], None]) -> None:
-    """Decode cached latents spread over the cache, and write them beside the real clips with their PSNR and SSIM."""
+def reconstruct(config: Config, device: torch.device, advance: Callable[[], None]) -> None:
+    """Decode cached latents spread over the cache on that device, and write them beside the real clips with their PSNR
+    (dB) and SSIM. `advance` is told of each clip.
+
+    Raises:
+        DataError: no finished cache, one of another VAE, or of another run's clips.
+    """
     assert config.vae is not None
     folder = config.run_dir / "reconstructions"
     cache = open_cache(config)

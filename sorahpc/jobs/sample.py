@@ -35,6 +35,7 @@ from sorahpc.data.prompts import Prompt, read_prompts
 from sorahpc.diffusion.sampler import euler, guided
 from sorahpc.distributed import megatron
 from sorahpc.distributed.checkpoint import MANIFEST, Meta, latest
+from sorahpc.distributed.mesh import shared_device
 from sorahpc.errors import CheckpointError, ConfigError, NumericsError, SetupError, Stopped
 from sorahpc.models.captioner import ask_all, load_captioner, prompt_question
 from sorahpc.models.dit import DiT, load_ema_for_sampling
@@ -185,9 +186,7 @@ def expand(config: Config, prompts: list[Prompt], task: Task) -> list[Prompt]:
     """
     section = config.caption
     assert section is not None
-    cuda = torch.cuda.is_available() and section.path is not None
-    device = torch.device("cuda", task.local_rank % torch.cuda.device_count()) if cuda else "cpu"
-    captioner = load_captioner(section, device)
+    captioner = load_captioner(section, shared_device(task.local_rank))
     folder = config.run_dir / ITEMS / "prompts"
     asked = [prompt_question(section, captioner, p.text) for p in prompts]
     known = known_items(folder)
