@@ -15,7 +15,6 @@ using sorahpc::to_float;
 using sorahpc::Walk;
 
 constexpr int THREADS = 128, CHUNK = 32;  // columns a block, tokens a thread
-constexpr double TURN = 6.28318530717958647692;
 
 template <typename T>
 __global__ void __launch_bounds__(THREADS)
@@ -23,7 +22,7 @@ __global__ void __launch_bounds__(THREADS)
   const int column = blockIdx.y * THREADS + threadIdx.x;
   if (column >= 3 * op.half) return;
   const int axis = column / op.half, i = column % op.half;
-  const double frequency = pow(op.theta, -double(i) / double(op.half)) / TURN;
+  const double frequency = pow(op.theta, -double(i) / double(op.half)) / sorahpc::TURN;
   const Sample* samples = pack.samples();
   for (int64_t begin = int64_t(blockIdx.x) * CHUNK; begin < op.num_tokens; begin += int64_t(gridDim.x) * CHUNK) {
     const int64_t end = begin + CHUNK < op.num_tokens ? begin + CHUNK : op.num_tokens;
@@ -55,7 +54,7 @@ __global__ void __launch_bounds__(THREADS)
     const int64_t row = i / half, j = i % half;
     const float frequency = float(exp(-log_period * double(j) / double(half)));
     float s, c;
-    sorahpc::sin_cos(double(__fmul_rn(__fmul_rn(scale, t[row]), frequency)) / TURN, &s, &c);
+    sorahpc::sin_cos(double(__fmul_rn(__fmul_rn(scale, t[row]), frequency)) / sorahpc::TURN, &s, &c);
     out[2 * row * half + j] = c;
     out[(2 * row + 1) * half + j] = s;
   }

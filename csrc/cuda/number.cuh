@@ -58,6 +58,8 @@ __device__ __forceinline__ void store(T* p, float (&x)[N]) {
   *reinterpret_cast<Numbers<T, N>*>(p) = v;
 }
 
+constexpr double TURN = 6.28318530717958647692;
+
 // Sine and cosine of so many turns, at most twice as far from the truth as the nearest float: sincospif, which takes a
 // float, is four times. Cephes' polynomials (Moshier 1989) on an eighth of a turn, the first terms in double.
 __device__ __forceinline__ void sin_cos(double turns, float* s, float* c) {

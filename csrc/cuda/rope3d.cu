@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(THREADS, MODE == TURN ? 4 : MODE == NORM ? 3 :
   for (int i = threadIdx.x; i < pairs; i += THREADS) {
     const int axis = i < op.axis_end[0] ? 0 : i < op.axis_end[1] ? 1 : 2;
     const int begin = axis ? op.axis_end[axis - 1] : 0;
-    turns[i] = pow(op.theta[axis], -double(i - begin) / (op.axis_end[axis] - begin)) / 6.28318530717958647692;
+    turns[i] = pow(op.theta[axis], -double(i - begin) / (op.axis_end[axis] - begin)) / sorahpc::TURN;
   }
 
   float dweight[MODE == NORM_BACKWARD ? 2 * K * 2 * VEC : 1] = {};
