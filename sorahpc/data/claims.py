@@ -133,9 +133,7 @@ class Claims:
     def clips(self) -> int:
         """How many clips of the share were in shards when last looked, together with those that this task holds."""
         with self._lock:
-            if self._counted[0] != len(
-                self._missing
-            ):  # asked for at each of a million clips, it may not count them all
+            if self._counted[0] != len(self._missing):  # asked for at each of a million clips: not counted each time
                 there = sum(len(shard.rows) for shard in self.share if shard.name not in self._missing)
                 self._counted = len(self._missing), there
             return self._counted[1] + sum(len(claim.known) for claim in self._mine)

@@ -402,11 +402,10 @@ class Loader:
         share = len(batch.packs) // self.mesh.dp_size
         mine = batch.packs[self.mesh.dp_rank * share : (self.mesh.dp_rank + 1) * share]
         args = (self.config, self.mean, self.std, self.mesh.device)
-        if self.stream is None:
-            return batch, [build_pack(self.cache, samples, *args) for samples in mine]
-        with torch.cuda.stream(self.stream):
+        with torch.cuda.stream(self.stream) if self.stream else contextlib.nullcontext():
             packs = [build_pack(self.cache, samples, *args) for samples in mine]
-        self.stream.synchronize()  # this thread has time to
+        if self.stream:
+            self.stream.synchronize()  # this thread has time to
         return batch, packs
 
 
