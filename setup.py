@@ -89,7 +89,10 @@ def find_nvcc() -> Path | None:
 
 def nvcc_archs(nvcc: Path) -> list[str]:
     """nvcc's arguments for TORCH_CUDA_ARCH_LIST: 9.0 is code for it, +PTX adds what later GPUs compile themselves."""
-    known = subprocess.run([str(nvcc), "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
+    asked = subprocess.run([str(nvcc), "--list-gpu-arch"], capture_output=True, text=True)
+    if asked.returncode:
+        fail(f"{nvcc} --list-gpu-arch: exit code {asked.returncode}; set CUDA_HOME to another CUDA, or SORAHPC_CUDA=0")
+    known = asked.stdout.split()
     flags = []
     # Set but empty, as containers have it, is unset: torch takes it so too.
     for arch in (os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHS).replace(" ", ";").split(";"):

@@ -48,6 +48,7 @@ def test_every_cuda_kernel_compiles_without_spilling_registers(
         ("9.0a;12.0", "has no 12.0, only compute_80 compute_90"),
         ("8.0;Hopper", "got 'Hopper', expected e.g. 8.0;9.0;10.0+PTX"),
         ("8.0;", "got '', expected e.g. 8.0;9.0;10.0+PTX"),
+        ("broken", "nvcc --list-gpu-arch: exit code 3; set CUDA_HOME to another CUDA, or SORAHPC_CUDA=0"),
         (None, "SORAHPC_CUDA=1, but no nvcc in "),
     ],
 )
@@ -60,7 +61,7 @@ def test_a_build_that_cannot_be_is_refused_before_anything_is_compiled(
     fake = tmp_path / "bin/nvcc"
     fake.parent.mkdir()
     if archs is not None:
-        fake.write_text("#!/bin/sh\necho compute_80; echo compute_90\n")
+        fake.write_text("#!/bin/sh\n" + ("exit 3" if archs == "broken" else "echo compute_80; echo compute_90") + "\n")
         fake.chmod(0o755)
     env = {**os.environ, "CUDA_HOME": str(tmp_path), "SORAHPC_CUDA": "1", "TORCH_CUDA_ARCH_LIST": archs or ""}
     places = ["--build-lib", str(tmp_path / "lib"), "--build-temp", str(tmp_path / "temp")]
