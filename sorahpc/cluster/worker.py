@@ -365,7 +365,7 @@ def execute(spec: Spec, config: Config, place: Place, stop: Callable[[], bool], 
                 code, unexpected = SetupError.exit_code, ""
                 less = MEMORY.get(spec.job.removeprefix("profile-"), "what it has at a time")
                 message = (
-                    f"{spec.job}: the GPU's memory is too small: {str(error).splitlines()[0]}; what was saved is kept. "
+                    f"{spec.job}: the GPU's memory is too small: {_first_line(error)}; what was saved is kept. "
                     f"Take a GPU with more, or less of {less}"
                 )
             log.error("%s%s (traceback in %s)", unexpected, message, folder.log(place.rank), exc_info=error)
@@ -383,6 +383,10 @@ def execute(spec: Spec, config: Config, place: Place, stop: Callable[[], bool], 
             finally:
                 lease.release()
         return code
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _lacks_memory(error: BaseException) -> bool:
