@@ -1,5 +1,6 @@
 # make demo     the whole pipeline on the toy world, on this machine; ends with runs/demo/report.html
-# make test     all tests but those marked slow, JOBS=2 files at a time; ARGS="-k name" goes to pytest
+# make test     all tests but those marked slow, JOBS=2 files at a time; ARGS="-k name" goes to pytest. No test sees a GPU:
+#               those for one are `.venv/bin/python -m pytest -m gpu`
 # make slow     the slow tests
 # make sanitize the op tests on kernels built with AddressSanitizer and UBSan
 # make emulate  the same on the CUDA kernels, which then run on the CPU: no GPU needed

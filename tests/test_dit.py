@@ -18,6 +18,7 @@ from sorahpc.distributed.ema import Ema
 from sorahpc.models import attention
 from sorahpc.models.attention import pack_attention
 from sorahpc.models.dit import DiT
+from sorahpc.ops.rope import MAX_HEAD_DIM
 from sorahpc.profiling.record import layer_spans
 
 
@@ -132,6 +133,12 @@ def test_lengths_that_do_not_fit_are_one_error_with_the_numbers(mesh: Any) -> No
         dit(**{**batch, "tokens": batch["tokens"][1:]})
     with pytest.raises(ValueError, match="5 timesteps, 6 grids, 6 texts"):
         dit(**{**batch, "t": batch["t"][1:]})
+
+
+def test_the_config_takes_the_head_dims_that_rope3d_takes() -> None:
+    ModelConfig(depth=1, dim=MAX_HEAD_DIM, num_heads=1)
+    with pytest.raises(ValueError, match=f"at most {MAX_HEAD_DIM} for rope3d, not {MAX_HEAD_DIM + 2} / 1"):
+        ModelConfig(depth=1, dim=MAX_HEAD_DIM + 2, num_heads=1)
 
 
 def test_pack_attention_is_dense_attention_with_a_block_mask() -> None:
